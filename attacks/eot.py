@@ -1,0 +1,45 @@
+"""Expectation over transformation (Athalye et al. 2018) around any attack, for models that draw noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from attacks.api import Attack, Oracle, Search
+from attacks.streams import Streams
+
+AVERAGES = ("loss", "probability")
+
+
+@dataclass(frozen=True)
+class Eot(Attack):
+    """Run ``inner`` on the average over fixed noise draws; success is judged on fresh ones (methods 8.9, 9.2).
+
+    Attributes:
+        inner: the attack; norm and eps are its own.
+        draws: noise draws per gradient, the same in every step.
+        average: "loss" averages losses, and so gradients; "probability" attacks the log of the mean softmax, which for
+            input noise is the soft score of the smoothed classifier (SmoothAdv, Salman et al. 2019).
+    """
+
+    inner: Attack
+    draws: int = 20
+    average: str = "loss"
+
+    def __post_init__(self) -> None:
+        if self.draws < 1:
+            raise ValueError(f"EOT needs at least one draw, got {self.draws}")
+        if self.average not in AVERAGES:
+            raise ValueError(f"unknown average {self.average!r}; known are {', '.join(AVERAGES)}")
+
+    @property
+    def norm(self) -> str:  # type: ignore[override]
+        return self.inner.norm
+
+    @property
+    def eps(self) -> float:  # type: ignore[override]
+        return self.inner.eps
+
+    def run(self, oracle: Oracle, x: Tensor, y: Tensor, streams: Streams | None) -> Search:
+        return self.inner.run(replace(oracle, draws=self.draws, average=self.average), x, y, streams)

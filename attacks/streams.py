@@ -1,0 +1,119 @@
+"""All randomness of the project: one generator per (seed, purpose, image, block), so that nothing depends on batching."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+Purpose = str | int | float
+
+
+def generator(seed: int, *purpose: Purpose, device: str | torch.device = "cpu") -> torch.Generator:
+    """A torch generator that is a pure function of ``seed`` and ``purpose`` (blake2b of both)."""
+    digest = hashlib.blake2b(repr((int(seed), *purpose)).encode(), digest_size=8).digest()
+    return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+class Streams:
+    """Random numbers for a batch of images, a row an image.
+
+    Row i is drawn from a generator keyed by (seed, purpose, ids[i], block). Batch size, order, sharding and the other
+    images therefore change nothing. CPU and CUDA generators differ: :attr:`rng` names the kind for the record.
+
+    Args:
+        seed: master seed.
+        purpose: what the numbers are for, e.g. ``"pgd", "restart", 3``; :meth:`child` appends to it.
+        ids: image ids, one per row.
+        device: where the numbers are drawn.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        *purpose: Purpose,
+        ids: Sequence[int] | Tensor,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.seed = int(seed)
+        self.purpose = purpose
+        self.ids = [int(i) for i in ids]
+        self.device = torch.device(device)
+
+    @property
+    def rng(self) -> str:
+        """Name of the generator family, as records show it."""
+        return f"torch-{self.device.type}"
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def child(self, *purpose: Purpose) -> Streams:
+        """Independent streams of the same images for a finer purpose."""
+        return Streams(self.seed, *self.purpose, *purpose, ids=self.ids, device=self.device)
+
+    def take(self, rows: Tensor) -> Streams:
+        """The streams of some rows: a boolean mask (n) or integer indices."""
+        rows = rows.nonzero().flatten() if rows.dtype == torch.bool else rows
+        ids = [self.ids[i] for i in rows.tolist()]
+        return Streams(self.seed, *self.purpose, ids=ids, device=self.device)
+
+    def one(self, row: int, block: int = 0) -> torch.Generator:
+        """The generator of one row's block."""
+        return generator(self.seed, *self.purpose, "image", self.ids[row], block, device=self.device)
+
+    def generators(self, block: int = 0) -> Iterator[torch.Generator]:
+        """One generator per row for this block."""
+        for row in range(len(self)):
+            yield self.one(row, block)
+
+    def normal(self, shape: Sequence[int], block: int = 0) -> Tensor:
+        """Standard normal numbers, float32 of shape (n, *shape)."""
+        out = torch.empty(len(self), *shape, device=self.device)
+        for row, gen in zip(out, self.generators(block), strict=True):
+            row.normal_(generator=gen)
+        return out
+
+    def uniform(self, shape: Sequence[int], block: int = 0) -> Tensor:
+        """Uniform numbers in [0, 1), float32 of shape (n, *shape)."""
+        out = torch.empty(len(self), *shape, device=self.device)
+        for row, gen in zip(out, self.generators(block), strict=True):
+            row.uniform_(generator=gen)
+        return out
+
+    def signs(self, shape: Sequence[int], block: int = 0) -> Tensor:
+        """Fair signs -1 or +1, float32 of shape (n, *shape)."""
+        return (self.uniform(shape, block) < 0.5).float().mul_(2).sub_(1)
+
+
+class Draws(nn.Module):
+    """Base of modules whose forward pass draws random numbers; they take them from :func:`drawing`, never globally."""
+
+    streams: Streams | None = None
+
+    def drawn(self) -> Streams:
+        """The streams in force, or an error that says how to set them."""
+        if self.streams is None:
+            raise RuntimeError(
+                f"{type(self).__name__} draws random numbers, but no streams are in force; "
+                "call it inside `with drawing(model, streams):`"
+            )
+        return self.streams
+
+
+@contextmanager
+def drawing(model: object, streams: Streams) -> Iterator[None]:
+    """Let every :class:`Draws` module inside ``model`` take its numbers from ``streams``, each from a child of its own."""
+    modules = list(model.named_modules()) if isinstance(model, nn.Module) else []
+    layers = [(name, module) for name, module in modules if isinstance(module, Draws)]
+    before = [module.streams for _, module in layers]
+    for name, module in layers:
+        module.streams = streams.child("layer", name)
+    try:
+        yield
+    finally:
+        for (_, module), old in zip(layers, before, strict=True):
+            module.streams = old

@@ -1,0 +1,104 @@
+"""With what a number was made: code, versions, device; and `bench doctor`, which looks at an installation."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("cear-bench", "torch", "torchvision", "numpy", "scipy", "pandas")
+HERE = Path(__file__).parent
+
+
+class DeviceError(ValueError):
+    """A device that is not there."""
+
+
+def device(name: str = "auto") -> str:
+    """The torch device for "auto", "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        DeviceError: if it does not exist.
+    """
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return "cuda" if count else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise DeviceError(f"unknown device {name!r}; allowed are auto, cpu, cuda, cuda:0, ...")
+    if kind == "cuda" and int(index or 0) >= count:
+        found = f"{count} CUDA device(s)" if count else "no CUDA device"
+        raise DeviceError(f"device {name!r} asked for, but torch sees {found}; use --device cpu or auto")
+    return name
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Installed versions of what decides numbers, and of Python."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+@cache
+def code() -> dict[str, Any]:
+    """Commit of the checkout that runs, and whether tracked files differ from it; empty outside a checkout."""
+    try:
+        top = _git("rev-parse", "--show-toplevel")
+        if Path(top).resolve() != HERE.parent.resolve():
+            return {}
+        return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, check=True, timeout=20)
+    return done.stdout.strip()
+
+
+def device_name(device: str) -> str:
+    """What the device calls itself."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"cpu {platform.machine()}"
+
+
+def doctor(data: Path | None, runs: Path) -> list[tuple[str, bool, str]]:
+    """Checks of an installation: (what, whether it is well, detail)."""
+    import torch
+
+    from bench.data import DATASETS, DataError, load
+    from bench.registry import RegistryError, registered
+
+    checks = [(name, value != "not installed", value) for name, value in versions().items()]
+    cuda = torch.cuda.is_available()
+    checks.append(("cuda", True, torch.cuda.get_device_name() if cuda else "no CUDA device; the CPU is used"))
+    checks.append(("threads", True, f"{torch.get_num_threads()} of {os.cpu_count()} cores"))
+    for name in DATASETS:
+        try:
+            images = load(name, "test", data=data, download=False)
+            checks.append((f"data {name}", True, f"{len(images)} test images, {images.source}"))
+        except DataError as error:
+            checks.append((f"data {name}", True, f"not at hand: {str(error)[:120]}"))
+    warnings: list[str] = []
+    try:
+        found = registered(warnings)
+        checks.append(("defenses", not warnings, "; ".join(warnings) or f"{len(found)} registered"))
+    except RegistryError as error:
+        checks.append(("defenses", False, str(error)))
+    place = next(folder for folder in (runs, *runs.absolute().parents) if folder.exists())
+    checks.append(("runs folder", os.access(place, os.W_OK), str(runs)))
+    return checks

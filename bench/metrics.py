@@ -1,0 +1,56 @@
+"""Formulas for accuracies and radii, each with an interval. Pure numpy; no experiment is computed here."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+Floats = NDArray[np.float64]
+
+CONFIDENCE = 0.95
+"""Of every interval in a record or a table."""
+
+
+def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Wilson score interval for a proportion (Wilson 1927).
+
+    Raises:
+        ValueError: if n is 0 or successes are not between 0 and n.
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"a proportion needs 0 <= successes <= n and n >= 1, got {successes} of {n}")
+    z = float(stats.norm.ppf(0.5 + confidence / 2))
+    p = successes / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    # At the ends the bound is 0 or 1 exactly; rounding must not move it past the value.
+    return (0.0 if successes == 0 else (centre - half) / scale), (1.0 if successes == n else (centre + half) / scale)
+
+
+def bootstrap_mean(values: Floats, confidence: float = CONFIDENCE, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap interval of a mean over images (Efron 1979)."""
+    rng = np.random.default_rng(seed)
+    picks = rng.integers(0, len(values), (resamples, len(values)))
+    low, high = np.quantile(values[picks].mean(axis=1), [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return float(low), float(high)
+
+
+def certified_accuracy(radius: Floats, correct: NDArray[np.bool_], at: float) -> float:
+    """CA(r): share of all images whose certified class is right and whose unrounded radius is at least r."""
+    return float(np.mean(correct & (radius >= at)))
+
+
+def average_certified_radius(radius: Floats, correct: NDArray[np.bool_]) -> float:
+    """ACR: mean radius over all images, wrong and abstained ones counting 0 (Zhai et al. 2020)."""
+    return float(np.mean(np.where(correct, radius, 0.0)))
+
+
+def whole_set_bound(accuracy: float, n: int, alpha: float, rho: float | None = None) -> float:
+    """Certified accuracy that holds for the whole set with probability 1 - rho, although each certificate may fail with
+    probability alpha (Cohen et al. 2019, appendix; Bernstein's inequality). rho is alpha unless given."""
+    rho = alpha if rho is None else rho
+    slack = alpha + math.sqrt(2 * alpha * (1 - alpha) * math.log(1 / rho) / n) + math.log(1 / rho) / (3 * n)
+    return max(0.0, accuracy - slack)

@@ -1,0 +1,106 @@
+"""Trained networks and other parts, keyed by content: made once, shared by whoever needs them, continued after a kill."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from bench.progress import Progress
+from bench.store import write_atomic
+from defenses.api import Part, Task, Weights
+
+
+class PartStore:
+    """Parts of one task in a folder: ``<key>.safetensors`` with a ``<key>.json`` log beside it.
+
+    Attributes:
+        events: what was made and what was read, in order; for logs and tests.
+    """
+
+    def __init__(self, folder: Path, task: Task, progress: Progress) -> None:
+        self.folder = folder
+        self.task = task
+        self.progress = progress
+        self.events: list[tuple[str, str]] = []
+
+    def get(self, part: Part) -> Weights:
+        """The weights of a part on the task's device, made now if they do not exist."""
+        key = part.key(self.task)
+        path = self.folder / f"{key}.safetensors"
+        weights = self._read(path)
+        if weights is not None:
+            self.events.append(("read", f"{part.role} {part.member} {key}"))
+            return weights
+        needs = [self.get(need) for need in part.needs]
+        began = time.perf_counter()
+        with self.progress.step(f"{part.role} {part.member} (seed {part.seed})") as report:
+            workshop = DiskWorkshop(self, self.folder / f"{key}.checkpoint", report)
+            weights = part.make(self.task, needs, workshop)
+        note = {"key": key, "part": part.identity(self.task), "log": workshop.log, "seconds": time.perf_counter() - began}
+        write_atomic(path.with_suffix(".json"), (json.dumps(note, indent=1, allow_nan=False) + "\n").encode())
+        write_atomic(path, save({name: tensor.contiguous().cpu() for name, tensor in weights.items()}))
+        workshop.clear()
+        self.events.append(("made", f"{part.role} {part.member} {key}"))
+        self._log("made", part, key)
+        return weights
+
+    def read(self, path: Path) -> tuple[Weights, dict[str, str]] | None:
+        """Tensors and metadata of a safetensors file; None if it does not exist or is damaged (then it is moved aside)."""
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        try:
+            weights = load(content)
+        except SafetensorError:
+            path.rename(path.with_name(path.name + ".corrupt"))
+            self.progress.say(f"{path.name} is damaged; it was moved aside and is made again")
+            return None
+        size = int.from_bytes(content[:8], "little")
+        metadata = json.loads(content[8 : 8 + size]).get("__metadata__", {})
+        return {name: tensor.to(self.task.device) for name, tensor in weights.items()}, metadata
+
+    def _read(self, path: Path) -> Weights | None:
+        found = self.read(path)
+        return found[0] if found else None
+
+    def _log(self, event: str, part: Part, key: str) -> None:
+        line = json.dumps({"event": event, "role": part.role, "member": part.member, "seed": part.seed, "key": key})
+        with open(self.folder / "log.jsonl", "a") as file:
+            file.write(line + "\n")
+
+
+class DiskWorkshop:
+    """A part's checkpoint on disk and its voice in the progress display (:class:`defenses.api.Workshop`)."""
+
+    def __init__(self, store: PartStore, path: Path, report: Callable[[int, int, dict[str, float]], None]) -> None:
+        self._store = store
+        self._path = path
+        self._report = report
+        self.log: list[dict[str, float]] = []
+
+    def load(self) -> tuple[Weights, dict[str, Any]] | None:
+        found = self._store.read(self._path)
+        if found is None:
+            return None
+        state = json.loads(found[1]["state"])
+        self.log = state.get("log", [])
+        return found[0], state
+
+    def save(self, weights: Weights, state: dict[str, Any]) -> None:
+        self.log = list(state.get("log", []))
+        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
+        write_atomic(self._path, save(tensors, {"state": json.dumps(state)}))
+
+    def report(self, done: int, total: int, facts: dict[str, float]) -> None:
+        self._report(done, total, facts)
+
+    def clear(self) -> None:
+        """Remove the checkpoint of a finished part."""
+        self._path.unlink(missing_ok=True)

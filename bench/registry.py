@@ -1,0 +1,171 @@
+"""Finds defenses: module-level instances in the package, in installed plug-ins, and in a file that a user hands in."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import defenses
+from bench.suites import unknown
+from defenses.api import Defense
+
+
+class RegistryError(ValueError):
+    """A name that stands for nothing, or for two things."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A defense with its fields as they are run.
+
+    Attributes:
+        name: registered name.
+        label: name and the fields that differ from the registered instance, e.g. "cear_rw@sigma=0.5".
+        defense: the instance.
+        module: where it is defined.
+    """
+
+    name: str
+    label: str
+    defense: Defense
+    module: str
+
+
+def registered(warnings: list[str] | None = None) -> dict[str, tuple[Defense, str]]:
+    """All defenses by name, with the module each is defined in. A broken plug-in becomes a warning that names it.
+
+    Raises:
+        RegistryError: if two modules define the same name.
+    """
+    modules: list[ModuleType] = [
+        importlib.import_module(f"defenses.{info.name}") for info in pkgutil.iter_modules(defenses.__path__)
+    ]
+    for point in entry_points(group="bench.defenses"):
+        try:
+            modules.append(point.load())
+        except Exception as error:  # noqa: BLE001 (a plug-in may fail in any way and must not stop the rest)
+            if warnings is not None:
+                warnings.append(f"plug-in {point.name} ({point.value}) cannot be loaded: {error}")
+    found: dict[str, tuple[Defense, str]] = {}
+    for module in modules:
+        for name, defense in instances(module).items():
+            if name in found and found[name][0] is not defense:
+                raise RegistryError(f"defense {name!r} is defined in {found[name][1]} and in {module.__name__}; rename one")
+            found.setdefault(name, (defense, module.__name__))
+    return dict(sorted(found.items()))
+
+
+def instances(module: ModuleType) -> dict[str, Defense]:
+    """Defenses at the top level of a module, by variable name."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, Defense) and not name.startswith("_")}
+
+
+def from_file(path: Path) -> dict[str, tuple[Defense, str]]:
+    """The defenses of a user's file.
+
+    Raises:
+        RegistryError: if there is no such file, it does not import, or it defines none.
+    """
+    if not path.is_file():
+        raise RegistryError(f"there is no file {path}")
+    name = f"bench_file_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise RegistryError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+    found = {key: (defense, str(path)) for key, defense in instances(module).items()}
+    if not found:
+        raise RegistryError(f"{path} defines no defense; a module-level instance of a Defense subclass is what counts")
+    return found
+
+
+def resolve(spec: str, sweep: dict[str, tuple[float, ...]], every: Sequence[str] | None = None) -> list[Variant]:
+    """Variants for what a user typed: "a,b", "all", "name@field=value,...", "./mine.py" or "./mine.py:name".
+
+    Args:
+        spec: names separated by commas; a comma followed by field=value continues a variant.
+        sweep: fields to run through for defenses that have them, unless the variant fixes them.
+        every: what "all" stands for; every registered name by default.
+
+    Raises:
+        RegistryError: for unknown names or fields, or values of the wrong type.
+    """
+    variants: dict[str, Variant] = {}
+    for item in re.split(r",(?![^,@]*=)", spec):
+        for name, fixed, (defense, module) in _named(item.strip(), every):
+            changes = [_changes(name, defense, fixed)]
+            for field, values in sweep.items():
+                if field not in fixed and any(f.name == field for f in fields(defense)):
+                    changes = [{**change, field: value} for change in changes for value in values]
+            for change in changes:
+                variant = _variant(name, defense, change, module)
+                variants[variant.label] = variant
+    return list(variants.values())
+
+
+def _named(item: str, every: Sequence[str] | None) -> list[tuple[str, dict[str, str], tuple[Defense, str]]]:
+    """(name, fixed fields, (instance, module)) for one item."""
+    head, _, tail = item.partition("@")
+    fixed = {}
+    for pair in filter(None, tail.split(",")):
+        field, equals, value = pair.partition("=")
+        if not equals:
+            raise RegistryError(f"{item!r}: write a variant as name@field=value,field=value")
+        fixed[field] = value
+    path, _, wanted = head.partition(":")
+    if path.endswith(".py"):
+        found = from_file(Path(path))
+        names = [wanted] if wanted else list(found)
+    else:
+        found = registered()
+        names = list(every or found) if head == "all" else [head]
+    for name in names:
+        if name not in found:
+            raise RegistryError(f"defense: {unknown(name, found)}")
+    return [(name, fixed, found[name]) for name in names]
+
+
+def _changes(name: str, defense: Defense, fixed: dict[str, str]) -> dict[str, Any]:
+    known = {field.name: getattr(defense, field.name) for field in fields(defense)}
+    changes: dict[str, Any] = {}
+    for field, text in fixed.items():
+        if field not in known:
+            raise RegistryError(f"{name} has no field: {unknown(field, known)}")
+        changes[field] = _typed(f"{name}@{field}", text, known[field])
+    return changes
+
+
+def _typed(place: str, text: str, like: Any) -> Any:
+    """The value that a text means for a field whose value now is ``like``."""
+    kind = type(like)
+    if kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if kind in (int, float, str):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    raise RegistryError(f"{place}: {text!r} is no {kind.__name__}")
+
+
+def _variant(name: str, defense: Defense, changes: dict[str, Any], module: str) -> Variant:
+    real = {field: value for field, value in changes.items() if value != getattr(defense, field)}
+    try:
+        changed = replace(defense, **real)
+    except ValueError as error:
+        raise RegistryError(f"{name}: {error}") from error
+    label = name + ("@" + ",".join(f"{field}={value}" for field, value in sorted(real.items())) if real else "")
+    return Variant(name, label, changed, module)

@@ -1,0 +1,287 @@
+"""Runs what is missing of a request: fits each defense from shared parts, evaluates it piece by piece, stores every record."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from bench import data, environment
+from bench.evals import Evaluation, Skipped, Subject
+from bench.parts import PartStore
+from bench.progress import Progress
+from bench.registry import Variant, resolve
+from bench.store import Record, Store, StoreError, differences, write_rows
+from bench.suites import Suite, SuiteError, load_suite, unknown
+from defenses.api import Classifier, Images, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a user asks for; the same words as on the command line.
+
+    Attributes:
+        defense: "a,b", "all", "name@field=value", "./mine.py" or "./mine.py:name".
+        suite: name of a suite, or the path of a TOML file.
+        budget: smoke, quick or paper.
+        seeds: training seeds; every one trains its own networks.
+        only: evaluations to run; all by default.
+        device: auto, cpu, cuda, cuda:1.
+        data: folder of data sets; the environment variable BENCH_DATA by default.
+        runs: folder of results.
+        fresh: move finished results aside and compute them again.
+    """
+
+    defense: str
+    suite: str
+    budget: str = "quick"
+    seeds: tuple[int, ...] = (0,)
+    only: tuple[str, ...] = ()
+    device: str = "auto"
+    data: Path | None = None
+    runs: Path = Path("runs")
+    fresh: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """One record to be made: where it will be, what was asked, and how to do it."""
+
+    variant: Variant
+    evaluation: Evaluation
+    blank: Record
+
+
+class Run:
+    """A request made concrete: suite, data and jobs.
+
+    Raises:
+        ValueError: for names, devices, suites or data that cannot be used (before anything is written).
+    """
+
+    def __init__(self, request: Request, progress: Progress | None = None) -> None:
+        self.request = request
+        self.progress = progress or Progress(None)
+        self.suite = load_suite(request.suite, request.budget)
+        self.device = environment.device(request.device)
+        for name in request.only:
+            if name not in self.suite.evals:
+                raise SuiteError(f"--only: {unknown(name, self.suite.evals)}")
+        self.variants = resolve(request.defense, self.suite.sweep)
+        self.store = Store(request.runs)
+        self.task, self.test = prepare(self.suite, self.device, request.data)
+        self.jobs = list(self._plan())
+
+    def _plan(self) -> Iterator[Job]:
+        wanted = self.request.only or tuple(self.suite.evals)
+        for seed in self.request.seeds:
+            for variant in self.variants:
+                subject = Subject(Classifier(), getattr(variant.defense, "sigma", None), seed)
+                for name in wanted:
+                    evaluation = self.suite.evals[name]
+                    yield Job(variant, evaluation, self._blank(variant, seed, name, evaluation, subject))
+
+    def _blank(self, variant: Variant, seed: int, name: str, evaluation: Evaluation, subject: Subject) -> Record:
+        """The record of a job before it is done."""
+        try:
+            asked = evaluation.resolved(subject)
+        except Skipped:
+            asked = evaluation.model_dump(mode="json")
+        images = self.test.first(evaluation.images)
+        given = {f.name: getattr(variant.defense, f.name) for f in fields(variant.defense)}
+        return Record(
+            status="running",
+            suite={"name": self.suite.name, "version": self.suite.version, "budget": self.suite.budget},
+            defense={"name": variant.name, "variant": variant.label, "fields": _json(given)},
+            eval={"name": name, "fields": asked},
+            seed=seed,
+            task={
+                "dataset": self.suite.dataset,
+                "architecture": self.task.architecture,
+                "recipe": _json(asdict(self.task.recipe)),
+                "train_images": len(self.task.train),
+                "validation_images": len(self.task.validation),
+            },
+            hashes={"train": self.task.train.hash, "images": images.hash, "data": images.source},
+            numerics={"dtype": "float32", "compile": False, "rng": f"torch-{torch.device(self.device).type}"},
+            made={**environment.code(), "versions": environment.versions(), "device": environment.device_name(self.device)},
+        )
+
+    def missing(self) -> list[Job]:
+        """Jobs without a finished record.
+
+        Raises:
+            StoreError: if a finished record answers another request; names every field that differs.
+        """
+        jobs = []
+        for job in self.jobs:
+            old = self.store.find(job.blank)
+            if old is None or old.status in ("error", "running") or self.request.fresh:
+                jobs.append(job)
+                continue
+            wrong = differences(old.request(), job.blank.request())
+            if wrong:
+                raise StoreError(
+                    f"{self.store.path(job.blank)} answers another request: {wrong}; "
+                    "use --fresh to move it aside, or another --runs DIR"
+                )
+        return jobs
+
+    def execute(self) -> list[Record]:
+        """Do what is missing; returns the records of all jobs, in order.
+
+        Raises:
+            StoreError: if the folder is in use, cannot be written, or holds results of another request.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(self.store.locked(self.suite.name))
+            missing = self.missing()
+            if self.request.fresh:
+                for job in missing:
+                    self.store.move_aside(job.blank)
+            try:
+                for index, job in enumerate(missing):
+                    again = index and _same_model(missing[index - 1], job)
+                    if not again:
+                        fitted = self._fit(job)
+                    self.progress.prefix = f"[{index + 1}/{len(missing)}] "
+                    self._evaluate(job, fitted)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EPERM):
+                    raise StoreError(
+                        f"cannot write under {self.store.root} ({error.strerror}); everything finished is kept: "
+                        "make room and give the same command again"
+                    ) from error
+                raise
+        return [found for job in self.jobs if (found := self.store.find(job.blank)) is not None]
+
+    def _fit(self, job: Job) -> Subject | Exception:
+        """The fitted model, or what went wrong while making it; storage errors go up."""
+        variant, seed = job.variant, job.blank.seed
+        parts = PartStore(self.store.root / self.suite.name / "parts", self.task, self.progress)
+        self.progress.prefix = f"{variant.label}: "
+        try:
+            model = variant.defense.build(self.task)
+            variant.defense.fit(model, self.task, parts, seed)
+            model.to(self.device).eval()
+        except OSError:
+            raise
+        except Exception as error:  # noqa: BLE001 (whatever a defense does wrong becomes its record; the others go on)
+            self.progress.say(f"{variant.label}: {type(error).__name__}: {error}")
+            return error
+        return Subject(model, getattr(variant.defense, "sigma", None), seed)
+
+    def _evaluate(self, job: Job, subject: Subject | Exception) -> None:
+        began = time.perf_counter()
+        blank = job.blank
+        try:
+            if isinstance(subject, Exception):
+                raise subject
+            blank = replace_hashes(blank, weights=weights_hash(subject.model))
+            self.store.write(blank)
+            rows = self._rows(job, blank, subject)
+            outcome = job.evaluation.summarise(rows, subject)
+            write_rows(self.store.path(blank).with_suffix(".parquet"), rows)
+            record = blank.model_copy(
+                update={
+                    "status": "success",
+                    "metrics": outcome.metrics,
+                    "findings": outcome.findings,
+                    "facts": job.variant.defense.facts(subject.model),
+                    "cost": {"seconds": time.perf_counter() - began},
+                }
+            )
+        except Skipped as reason:
+            record = blank.model_copy(update={"status": "skipped", "error": str(reason)})
+        except (OSError, StoreError):
+            raise
+        except Exception as error:  # noqa: BLE001 (a failed evaluation is a stored record; the others go on)
+            text = "".join(traceback.format_exception(error))
+            record = blank.model_copy(update={"status": "error", "error": text})
+            if not isinstance(subject, Exception):
+                self.progress.say(f"{self.progress.prefix}{job.variant.label} {blank.eval['name']}: {error}")
+        self.store.write(record)
+        self.store.partial(record).discard()
+
+    def _rows(self, job: Job, blank: Record, subject: Subject) -> pd.DataFrame:
+        """All rows of an evaluation: pieces on disk are read, the others computed and kept."""
+        pieces = job.evaluation.pieces(subject)
+        partial = self.store.partial(blank)
+        partial.open({**blank.request(), "hashes.weights": blank.hashes["weights"], "numerics": blank.numerics})
+        rows = []
+        with self.progress.step(f"{job.variant.label} {blank.eval['name']} (seed {blank.seed})") as report:
+            for number, piece in enumerate(pieces):
+                found = partial.piece(number)
+                if found is None:
+                    found = job.evaluation.measure(subject, self.test.take(piece.rows), piece)
+                    partial.keep(number, found)
+                    report(number + 1, len(pieces), {})
+                rows.append(found)
+        return pd.concat(rows, ignore_index=True)
+
+
+def prepare(suite: Suite, device: str, folder: Path | None) -> tuple[Task, Images]:
+    """The task of a suite, and its test images, on a device.
+
+    Raises:
+        bench.data.DataError: if the data set is absent or damaged.
+        SuiteError: if the suite asks for more images than there are.
+    """
+    facts = suite.facts
+    train, validation = data.hold_out(
+        data.load(suite.dataset, "train", data=folder, device=device), suite.validation_images
+    )
+    test = data.load(suite.dataset, "test", data=folder, device=device)
+    wanted = max(evaluation.images for evaluation in suite.evals.values())
+    if wanted > len(test) or (suite.train_images or 0) > len(train):
+        raise SuiteError(
+            f"{suite.name}: asks for {wanted} test and {suite.train_images or 'all'} training images; "
+            f"{suite.dataset} has {len(test)} and {len(train)} (after {len(validation)} for validation)"
+        )
+    if suite.train_images:
+        train = train.first(suite.train_images)
+    task = Task(
+        suite.dataset, train, validation, facts.classes, facts.mean, facts.std, suite.architecture, suite.training()
+    )
+    return task, test.first(wanted)
+
+
+def weights_hash(model: Classifier) -> str:
+    """sha256 over names and values of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def replace_hashes(record: Record, **hashes: str) -> Record:
+    """The record with further hashes."""
+    return record.model_copy(update={"hashes": {**record.hashes, **hashes}})
+
+
+def run(**fields: Any) -> list[Record]:
+    """``run(defense="cear_rw", suite="digits", ...)``: do a :class:`Request` and return its records."""
+    return Run(Request(**fields), Progress()).execute()
+
+
+def _same_model(one: Job, other: Job) -> bool:
+    return one.variant.label == other.variant.label and one.blank.seed == other.blank.seed
+
+
+def _json(value: Any) -> Any:
+    """Tuples as lists, so that a record read back equals the one written."""
+    if isinstance(value, dict):
+        return {key: _json(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_json(item) for item in value]
+    return value if isinstance(value, int | float | str | bool | type(None)) else repr(value)

@@ -1,0 +1,291 @@
+"""Records on disk: one JSON a (variant, seed, evaluation), rows per image in Parquet beside it; atomic, versioned, resumable."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+FORMAT = 1
+
+COLUMNS = [
+    "suite", "budget", "defense", "seed", "members", "eval", "attack", "norm", "eps", "sigma", "radius", "estimator",
+    "denominator", "source", "target", "metric", "value", "n", "lower", "upper", "unit", "status", "warnings", "record",
+]  # fmt: skip
+"""Columns of :meth:`Store.frame`, in order."""
+
+
+class StoreError(RuntimeError):
+    """A run folder cannot be used as it is; says which file, why, and what to do."""
+
+
+class Strict(BaseModel):
+    """Frozen, no unknown keys, no NaN: what may go into a record."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Metric(Strict):
+    """One number with its interval and the facts that tell it from others of the same record."""
+
+    metric: str
+    value: float
+    n: int
+    lower: float | None = None
+    upper: float | None = None
+    unit: str = "fraction"
+    eps: float | None = None
+    radius: float | None = None
+    denominator: str | None = None
+    source: str | None = None
+    target: str | None = None
+
+
+class Finding(Strict):
+    """Something a reader must know about a number, with its evidence."""
+
+    kind: str
+    detail: str
+    evidence: dict[str, Any] = Field(default_factory=dict)
+
+
+class Record(Strict):
+    """What was asked, what came out, what it cost, and with which code; written whatever happens."""
+
+    format: Literal[1] = 1
+    status: Literal["running", "success", "error", "skipped"]
+    suite: dict[str, Any]
+    defense: dict[str, Any]
+    eval: dict[str, Any]
+    seed: int
+    task: dict[str, Any]
+    hashes: dict[str, str] = Field(default_factory=dict)
+    numerics: dict[str, Any] = Field(default_factory=dict)
+    facts: dict[str, float] = Field(default_factory=dict)
+    metrics: list[Metric] = Field(default_factory=list)
+    findings: list[Finding] = Field(default_factory=list)
+    cost: dict[str, float] = Field(default_factory=dict)
+    made: dict[str, Any] = Field(default_factory=dict)
+    error: str | None = None
+
+    def request(self) -> dict[str, Any]:
+        """What was asked, flat: the fields that must agree before work is continued or called done."""
+        asked = {
+            "suite": self.suite,
+            "defense": self.defense,
+            "eval": self.eval,
+            "seed": self.seed,
+            "task": self.task,
+            "hashes": {name: value for name, value in self.hashes.items() if name != "weights"},
+        }
+        return flatten(asked)
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Fields in which two requests differ, in words; empty if they agree."""
+    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    return "; ".join(f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in names)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write to a temporary name, sync, rename: a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_rows(path: Path, rows: pd.DataFrame) -> None:
+    """Rows per image as Parquet, atomically."""
+    buffer = io.BytesIO()
+    rows.to_parquet(buffer, index=False, compression="zstd")
+    write_atomic(path, buffer.getvalue())
+
+
+class Store:
+    """A folder of records: ``<suite>/<variant>/<budget>/seed<k>/<eval>.json``.
+
+    Attributes:
+        root: the folder.
+        problems: files that could not be read, in words; filled by :meth:`records`.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.problems: list[str] = []
+
+    def path(self, record: Record) -> Path:
+        """Where a record lives."""
+        suite, variant, budget = record.suite["name"], record.defense["variant"], record.suite["budget"]
+        return self.root / suite / variant / budget / f"seed{record.seed}" / f"{record.eval['name']}.json"
+
+    def write(self, record: Record) -> Path:
+        """Store a record; replaces an older one of the same place."""
+        path = self.path(record)
+        write_atomic(path, (record.model_dump_json(indent=1) + "\n").encode())
+        return path
+
+    def read(self, path: Path) -> Record:
+        """Read one record.
+
+        Raises:
+            StoreError: if it is damaged or of an unknown format.
+        """
+        try:
+            return Record.model_validate_json(path.read_bytes())
+        except (ValidationError, ValueError) as error:
+            first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+            raise StoreError(f"{path} is no record of format {FORMAT} ({first}); move it away and run again") from error
+
+    def find(self, like: Record) -> Record | None:
+        """The stored record of the same place, or None. A damaged one is moved aside and counts as missing."""
+        path = self.path(like)
+        if not path.exists():
+            return None
+        try:
+            return self.read(path)
+        except StoreError as error:
+            aside = path.with_suffix(".json.corrupt")
+            os.replace(path, aside)
+            self.problems.append(f"{error}; it was moved to {aside.name} and will be computed again")
+            return None
+
+    def records(self, suite: str = "*") -> list[Record]:
+        """All readable records, in a fixed order."""
+        found, self.problems = [], []
+        for path in sorted(self.root.glob(f"{suite}/*/*/seed*/*.json")):
+            try:
+                found.append(self.read(path))
+            except StoreError as error:
+                self.problems.append(str(error))
+        return found
+
+    def rows(self, record: Record) -> pd.DataFrame:
+        """Rows per image of a finished record."""
+        return pd.read_parquet(self.path(record).with_suffix(".parquet"))
+
+    def frame(self, suite: str = "*") -> pd.DataFrame:
+        """One row per number, columns :data:`COLUMNS`; a record without numbers gives one row with its status."""
+        rows: list[dict[str, Any]] = []
+        for record in self.records(suite):
+            common = self._common(record)
+            numbers = [metric.model_dump() for metric in record.metrics] or [{"metric": None}]
+            rows += [{**common, **{k: v for k, v in number.items() if v is not None or k == "metric"}} for number in numbers]
+        return pd.DataFrame(rows, columns=COLUMNS)
+
+    def _common(self, record: Record) -> dict[str, Any]:
+        fields = {**record.defense.get("fields", {}), **record.eval.get("fields", {})}
+        return {
+            "suite": record.suite["name"],
+            "budget": record.suite["budget"],
+            "defense": record.defense["variant"],
+            "seed": record.seed,
+            "members": fields.get("members", 1),
+            "eval": record.eval["name"],
+            **{name: fields.get(name) for name in ("attack", "norm", "sigma", "estimator")},
+            "status": record.status,
+            "warnings": "; ".join(finding.kind for finding in record.findings),
+            "record": str(self.path(record).relative_to(self.root)),
+        }
+
+    def move_aside(self, record: Record) -> None:
+        """Rename everything of a record to a free name; nothing is deleted."""
+        path = self.path(record)
+        olds = [path, path.with_suffix(".parquet"), self.partial(record).folder]
+        if not any(old.exists() for old in olds):
+            return
+        number = next(i for i in range(1, 10_000) if not path.with_suffix(f".json.old{i}").exists())
+        for old in olds:
+            if old.exists():
+                os.replace(old, old.with_name(f"{old.name}.old{number}"))
+
+    def partial(self, record: Record) -> Partial:
+        """The unfinished pieces of an evaluation."""
+        path = self.path(record)
+        return Partial(path.with_name(f"{path.stem}.partial"))
+
+    @contextmanager
+    def locked(self, suite: str) -> Iterator[None]:
+        """Hold the suite's folder for this process; the lock dies with it, however it ends.
+
+        Raises:
+            StoreError: if another run holds it, or the folder cannot be written.
+        """
+        import fcntl
+
+        folder = self.root / suite
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = open(folder / ".lock", "w")  # noqa: SIM115 (held open on purpose: closing releases the lock)
+        except OSError as error:
+            raise StoreError(f"cannot write to {folder} ({error.strerror}); choose another folder with --runs DIR") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            raise StoreError(f"another run is working in {folder}; wait for it, or choose another --runs DIR") from error
+        try:
+            yield
+        finally:
+            lock.close()
+
+
+class Partial:
+    """Finished pieces of an evaluation, a Parquet file each, and the request they belong to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def open(self, request: dict[str, Any]) -> None:
+        """Begin, or continue what an earlier run left.
+
+        Raises:
+            StoreError: if the pieces belong to another request; names every field that differs.
+        """
+        import json
+
+        note = self.folder / "request.json"
+        text = json.dumps(request, sort_keys=True, indent=1)
+        if note.exists():
+            wrong = differences(json.loads(note.read_text()), json.loads(text))
+            if wrong:
+                raise StoreError(f"{self.folder} holds pieces of another request: {wrong}; use --fresh to move them aside")
+        else:
+            write_atomic(note, text.encode())
+
+    def piece(self, number: int) -> pd.DataFrame | None:
+        """A finished piece, or None. A damaged one counts as missing."""
+        try:
+            return pd.read_parquet(self._path(number))
+        except (OSError, ValueError):
+            return None
+
+    def keep(self, number: int, rows: pd.DataFrame) -> None:
+        """Store a finished piece."""
+        write_rows(self._path(number), rows)
+
+    def discard(self) -> None:
+        """Remove the pieces, after the whole was stored."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:05d}.parquet"

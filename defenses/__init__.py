@@ -1,0 +1,1 @@
+"""Defenses: one file a paper, one module-level instance a registered name."""

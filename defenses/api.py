@@ -1,0 +1,266 @@
+"""The nouns that every defense is written in: classifiers, images, tasks, parts, and the defense itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Weights = dict[str, Tensor]
+"""What a part is: named tensors, a network's state or a few numbers."""
+
+
+class Classifier(nn.Module):
+    """Images (n c h w) in [0,1] -> logits (n k). Channel normalisation happens inside (methods G1).
+
+    ``forward`` is what an attacker may differentiate; it returns logits or log-probabilities, never probabilities (G2).
+    ``predict`` is the decision that is scored. ``randomized`` says that ``forward`` itself draws noise.
+    """
+
+    randomized: bool = False
+
+    @property
+    def members(self) -> Sequence[Classifier]:
+        """The networks inside; a single network is its own only member."""
+        return [self]
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Labels (n) for images (n c h w)."""
+        return self(x).argmax(-1)
+
+
+@dataclass(frozen=True)
+class Images:
+    """A set of labelled images on one device.
+
+    Attributes:
+        pixels: uint8 (n c h w), 0 to 255.
+        labels: int64 (n).
+        ids: int64 (n), the position in the stored order, unique within the data set's split; randomness is keyed by it.
+        source: where they came from, in words a record can show.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    ids: Tensor
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        c, h, w = self.pixels.shape[1:]
+        return c, h, w
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 over shape, pixels, labels and ids."""
+        digest = hashlib.sha256(repr(tuple(self.pixels.shape)).encode())
+        for tensor in (self.pixels, self.labels, self.ids):
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return f"sha256:{digest.hexdigest()}"
+
+    def take(self, rows: Tensor | slice) -> Images:
+        """Some of the images, as images."""
+        return Images(self.pixels[rows], self.labels[rows], self.ids[rows], self.source)
+
+    def first(self, count: int) -> Images:
+        """The first ``count`` images.
+
+        Raises:
+            ValueError: if there are fewer.
+        """
+        if count > len(self):
+            raise ValueError(f"{count} images asked for, {self.source} has {len(self)}")
+        return self.take(slice(0, count))
+
+    def floats(self, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Pixels as float32 in [0,1]."""
+        return self.pixels[rows].float().div_(255)
+
+    def to(self, device: str | torch.device) -> Images:
+        """The same images on another device."""
+        return Images(self.pixels.to(device), self.labels.to(device), self.ids.to(device), self.source)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How networks are trained, whatever the defense.
+
+    Attributes:
+        epochs, batch: passes over the training images, images per step.
+        optimizer: "sgd" or "adam".
+        lr, momentum, nesterov, weight_decay: the optimiser's own.
+        decay_at: shares of the epochs after which the rate is multiplied by ``decay``; shares, so that a shorter budget
+            keeps the schedule's shape.
+        augment: "none" or "crop_flip" (pad by 4, random crop, horizontal flip).
+    """
+
+    epochs: int
+    batch: int = 128
+    optimizer: str = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    decay_at: tuple[float, ...] = ()
+    decay: float = 0.1
+    augment: str = "none"
+
+    def rate(self, epoch: int) -> float:
+        """Learning rate of an epoch, counted from 0."""
+        return self.lr * self.decay ** sum(epoch >= round(share * self.epochs) for share in self.decay_at)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a defense is fitted to: data, normalisation, network and recipe. The suite and its budget decide them."""
+
+    dataset: str
+    train: Images
+    validation: Images
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    architecture: str
+    recipe: Recipe
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.train.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.train.pixels.device
+
+    def identity(self) -> dict[str, Any]:
+        """Everything of the task that a trained part depends on, as JSON data."""
+        return {
+            "dataset": self.dataset,
+            "train": self.train.hash,
+            "validation": self.validation.hash,
+            "classes": self.classes,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+
+class Workshop(Protocol):
+    """What a part is given while it is made: a place for checkpoints and an ear for progress."""
+
+    def load(self) -> tuple[Weights, dict[str, Any]] | None:
+        """The last checkpoint of this part, if there is one."""
+
+    def save(self, weights: Weights, state: dict[str, Any]) -> None:
+        """Keep a checkpoint, atomically."""
+
+    def report(self, done: int, total: int, facts: dict[str, float]) -> None:
+        """Tell of progress in steps of the part's own kind."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part(ABC):
+    """Something that is made once and shared by whoever needs it: a trained network, learned weights.
+
+    Attributes:
+        role: what it is for, e.g. "teacher"; together with seed and member it keys all randomness of its making.
+        seed: training seed.
+        member: index among parts of the same role.
+        needs: other parts that must exist first.
+    """
+
+    role: str
+    seed: int
+    member: int = 0
+    needs: tuple[Part, ...] = ()
+
+    version: ClassVar[int] = 1
+    """Raised when the making changes what comes out."""
+
+    @abstractmethod
+    def make(self, task: Task, needs: Sequence[Weights], workshop: Workshop) -> Weights:
+        """Make it, from the weights of ``needs`` in their order."""
+
+    def identity(self, task: Task) -> dict[str, Any]:
+        """Everything that decides the result, as JSON data; its hash is the part's key."""
+        own = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "needs"}
+        return {
+            "kind": type(self).__name__,
+            "version": self.version,
+            "fields": own,
+            "needs": [need.key(task) for need in self.needs],
+            "task": task.identity(),
+        }
+
+    def key(self, task: Task) -> str:
+        """Content key, 16 hexadecimal digits."""
+        text = json.dumps(self.identity(task), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"kind": type(value).__name__, **asdict(value)}
+    return list(value) if isinstance(value, tuple) else value
+
+
+class Parts(Protocol):
+    """Where a defense gets its parts: made on first request, read from disk afterwards."""
+
+    def get(self, part: Part) -> Weights:
+        """The weights of a part on the task's device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defense(ABC):
+    """A way to obtain a classifier; fields are its hyper-parameters, with units in their documentation.
+
+    An instance at the top level of a module registers itself under its variable's name. A file a user hands in needs no more.
+    """
+
+    @abstractmethod
+    def build(self, task: Task) -> Classifier:
+        """The untrained model, on the task's device."""
+
+    @abstractmethod
+    def fit(self, model: Classifier, task: Task, parts: Parts, seed: int) -> None:
+        """Load trained weights into ``model``, taking every expensive piece from ``parts``."""
+
+    def facts(self, model: Classifier) -> dict[str, float]:
+        """Numbers of the fitted model worth showing, e.g. how far learned weights are from uniform."""
+        return {}
+
+
+class Wrapped(Classifier):
+    """Any module from images in [0,1] to logits, as a classifier."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained(Defense):
+    """A finished model of somebody: ``load()`` returns a module from images in [0,1] to logits (n k)."""
+
+    load: Callable[[], nn.Module] = field(repr=False)
+
+    def build(self, task: Task) -> Classifier:
+        module = self.load()
+        model = module if isinstance(module, Classifier) else Wrapped(module)
+        return model.to(task.device).eval()
+
+    def fit(self, model: Classifier, task: Task, parts: Parts, seed: int) -> None:
+        """Nothing to fit."""

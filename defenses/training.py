@@ -1,0 +1,191 @@
+"""The one training loop: images resident on the device, augmentation there, a schedule, checkpoints at every epoch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attacks.streams import generator
+from defenses.api import Images, Part, Recipe, Task, Weights, Workshop
+from defenses.nets import Network, network
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss part became NaN or infinite; says where, and what to change."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a loss sees: augmented images (n c h w) in [0,1], labels (n), and the generator for its own noise."""
+
+    x: Tensor
+    y: Tensor
+    gen: torch.Generator
+
+    def noise(self) -> Tensor:
+        """Standard normal numbers of the images' shape."""
+        return torch.randn(self.x.shape, generator=self.gen, device=self.x.device)
+
+
+class Loss(Protocol):
+    """A frozen dataclass: what a network is trained for. Its fields are part of the content key."""
+
+    def __call__(self, net: Network, batch: Batch, needs: Sequence[Network]) -> dict[str, Tensor]:
+        """Named scalars whose sum is minimised. ``needs`` are the finished networks of the part's needs."""
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Cross-entropy on images with Gaussian noise of standard deviation ``sigma`` in pixel space (0: clean; not clipped)."""
+
+    sigma: float = 0.0
+
+    def __call__(self, net: Network, batch: Batch, needs: Sequence[Network]) -> dict[str, Tensor]:
+        x = batch.x + self.sigma * batch.noise() if self.sigma else batch.x
+        return {"ce": F.cross_entropy(net(x), batch.y)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained(Part):
+    """A network trained by :func:`train`."""
+
+    architecture: str
+    recipe: Recipe
+    loss: Any = field(default_factory=CrossEntropy)
+
+    def make(self, task: Task, needs: Sequence[Weights], workshop: Workshop) -> Weights:
+        teachers = []
+        for part, weights in zip(self.needs, needs, strict=True):
+            teacher = network(task, architecture=getattr(part, "architecture", None))
+            teacher.load_state_dict(weights)
+            teachers.append(teacher)
+        net = network(task, generator(self.seed, "init", self.role, self.member), self.architecture)
+        train(net, task, self, teachers, workshop)
+        return net.state_dict()
+
+
+def train(net: Network, task: Task, part: Trained, needs: Sequence[Network], workshop: Workshop) -> None:
+    """Train in place; goes on from the workshop's checkpoint and leaves one after every epoch.
+
+    Every epoch draws from a generator of its own, keyed by (seed, role, member, epoch), so that a continued run is the same
+    run. Loss parts, training accuracy, clean validation accuracy and seconds of every epoch are reported and kept.
+
+    Raises:
+        TrainingDiverged: if a loss part is not finite.
+    """
+    recipe = part.recipe
+    optimizer = _optimizer(net, recipe)
+    log: list[dict[str, float]] = []
+    saved = workshop.load()
+    if saved is not None:
+        _restore(net, optimizer, saved[0])
+        log = saved[1]["log"]
+    for epoch in range(len(log), recipe.epochs):
+        began = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.rate(epoch)
+        gen = generator(part.seed, "train", part.role, part.member, epoch, device=task.device)
+        facts = _epoch(net, task.train, optimizer, part, needs, gen)
+        facts["validation_accuracy"] = accuracy(net, task.validation)
+        broken = [name for name, value in facts.items() if not value == value or abs(value) == float("inf")]
+        if broken:
+            raise TrainingDiverged(
+                f"{part.role} {part.member} (seed {part.seed}): {', '.join(broken)} is not finite in epoch {epoch + 1} of "
+                f"{recipe.epochs} at learning rate {recipe.rate(epoch):g}; lower recipe.lr or the defense's loss weights"
+            )
+        log.append({"epoch": epoch + 1, "lr": recipe.rate(epoch), **facts, "seconds": time.perf_counter() - began})
+        workshop.save(_checkpoint(net, optimizer), {"log": log})
+        workshop.report(epoch + 1, recipe.epochs, log[-1])
+    net.eval()
+
+
+def accuracy(net: nn.Module, images: Images, batch: int = 500) -> float:
+    """Share of images that the network, in eval mode, decides rightly."""
+    net.eval()
+    right = 0
+    with torch.inference_mode():
+        for start in range(0, len(images), batch):
+            rows = slice(start, start + batch)
+            right += int((net(images.floats(rows)).argmax(-1) == images.labels[rows]).sum())
+    return right / len(images)
+
+
+def _epoch(
+    net: Network, images: Images, optimizer: torch.optim.Optimizer, part: Trained, needs: Sequence[Network], gen: torch.Generator
+) -> dict[str, float]:
+    """One pass; sums stay on the device, so the host waits once per epoch."""
+    recipe, device = part.recipe, images.pixels.device
+    net.train()
+    order = torch.randperm(len(images), generator=gen, device=device)
+    # A last step of one image would give BatchNorm nothing to normalise over.
+    steps = [rows for rows in order.split(recipe.batch) if len(rows) > 1]
+    sums: dict[str, Tensor] = {}
+    for rows in steps:
+        x = augment(images.floats(rows), recipe.augment, gen)
+        parts = part.loss(net, Batch(x, images.labels[rows], gen), needs)
+        total = torch.stack(list(parts.values())).sum()
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        optimizer.step()
+        for name, value in {**parts, "loss": total}.items():
+            sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach()
+    return {name: float(value / len(steps)) for name, value in sums.items()}
+
+
+def augment(x: Tensor, kind: str, gen: torch.Generator) -> Tensor:
+    """Augment images (n c h w) on their device: "none", or "crop_flip": zero-pad by 4, random crop, horizontal flip.
+
+    Raises:
+        ValueError: for another kind.
+    """
+    if kind == "none":
+        return x
+    if kind != "crop_flip":
+        raise ValueError(f"unknown augmentation {kind!r}; known are none, crop_flip")
+    n, _, h, w = x.shape
+    shift = torch.randint(0, 9, (2, n), generator=gen, device=x.device)
+    flip = torch.randint(0, 2, (n, 1), generator=gen, device=x.device).bool()
+    columns = torch.arange(w, device=x.device).expand(n, w)
+    columns = torch.where(flip, w - 1 - columns, columns) + shift[1].unsqueeze(1)
+    rows = torch.arange(h, device=x.device) + shift[0].unsqueeze(1)
+    padded = F.pad(x, (4, 4, 4, 4))
+    image = torch.arange(n, device=x.device).view(n, 1, 1)
+    return padded.permute(0, 2, 3, 1)[image, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2).contiguous()
+
+
+def _optimizer(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(net.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(
+            net.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov
+        )
+    raise ValueError(f"unknown optimizer {recipe.optimizer!r}; known are adam, sgd")
+
+
+def _checkpoint(net: nn.Module, optimizer: torch.optim.Optimizer) -> Weights:
+    """Network and optimiser as named tensors, so that no pickle is ever written."""
+    weights = {f"net/{name}": tensor for name, tensor in net.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        weights |= {f"optimizer/{index}/{name}": value for name, value in state.items() if value is not None}
+    return weights
+
+
+def _restore(net: nn.Module, optimizer: torch.optim.Optimizer, weights: Weights) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    own: Weights = {}
+    for name, tensor in weights.items():
+        kind, _, rest = name.partition("/")
+        if kind == "net":
+            own[rest] = tensor
+        else:
+            index, _, key = rest.partition("/")
+            state.setdefault(int(index), {})[key] = tensor.clone()
+    net.load_state_dict(own)
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
