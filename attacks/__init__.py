@@ -9,6 +9,17 @@ ATTACKS: dict[str, type[Attack]] = {"fgsm": Fgsm, "r_fgsm": RFgsm, "bim": Bim, "
 """Attacks by the name that suites and the command line use."""
 
 __all__ = [
-    "ATTACKS", "Attack", "AttackResult", "Bim", "ContractError", "Eot", "Fgsm", "Mim", "Pgd", "RFgsm", "Streams", "ascend",
+    "ATTACKS",
+    "Attack",
+    "AttackResult",
+    "Bim",
+    "ContractError",
+    "Eot",
+    "Fgsm",
+    "Mim",
+    "Pgd",
+    "RFgsm",
+    "Streams",
+    "ascend",
     "drawing",
 ]

@@ -20,7 +20,7 @@ VERDICT_DRAWS = 100
 
 
 SMALLEST_BATCH = 8
-"""Fewer rows are padded to this many: matrix products of fewer rows use other kernels, which round differently."""
+"""Fewer rows (per CPU thread) are padded to this many: products of fewer rows use other kernels, which round differently."""
 
 
 class ContractError(RuntimeError):
@@ -83,7 +83,8 @@ class Oracle:
     def __call__(self, x: Tensor, rows: Tensor) -> Tensor:
         """Logits of ``x``, the present versions of the attack's images number ``rows``."""
         # Repeating the first image up to a small batch keeps kernels, and so every bit, independent of who else is asked.
-        spare = max(0, SMALLEST_BATCH - len(x))
+        threads = torch.get_num_threads() if x.device.type == "cpu" else 1  # a product shares its rows out among them
+        spare = max(0, SMALLEST_BATCH * threads - len(x))
         if spare:
             x, rows = torch.cat([x, x[:1].expand(spare, *x.shape[1:])]), torch.cat([rows, rows[:1].expand(spare)])
         keep = slice(0, len(x) - spare)
@@ -165,7 +166,7 @@ class Attack(ABC):
             forwards[rest], backwards[rest] = found.forwards, found.backwards
             fresh = noise.child("verdict") if noise else None
             broken[rest] = decide(model, x_adv[rest], fresh) != y[rest]
-        distance = norm(self.norm).length((x_adv.double() - x.double())).to(x.dtype)
+        distance = norm(self.norm).length(x_adv.double() - x.double()).to(x.dtype)
         self._check_output(x, x_adv)
         if _fingerprint(model) != before:
             raise ContractError(f"{self} changed the model (parameters, gradients or mode)")

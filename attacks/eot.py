@@ -34,11 +34,11 @@ class Eot(Attack):
             raise ValueError(f"unknown average {self.average!r}; known are {', '.join(AVERAGES)}")
 
     @property
-    def norm(self) -> str:  # type: ignore[override]
+    def norm(self) -> str:
         return self.inner.norm
 
     @property
-    def eps(self) -> float:  # type: ignore[override]
+    def eps(self) -> float:
         return self.inner.eps
 
     def run(self, oracle: Oracle, x: Tensor, y: Tensor, streams: Streams | None) -> Search:

@@ -148,7 +148,9 @@ class Robust(Base):
         largest = 1.0 if self.norm == "linf" else math.sqrt(math.prod(shape))
         for eps in self.eps:
             if not 0 < eps <= largest:
-                raise ValueError(f"{place}.eps: {eps:g} is out of range; in {self.norm} 0 < eps <= {largest:g} (pixels in [0,1])")
+                raise ValueError(
+                    f"{place}.eps: {eps:g} is out of range; in {self.norm} 0 < eps <= {largest:g} (pixels in [0,1])"
+                )
         self.attacker(self.eps[0])
 
     def attacker(self, eps: float) -> Attack:
@@ -307,9 +309,7 @@ class Certified(Base):
         spent = float(rows.draws.mean()) + self.n0
         members = len(subject.model.members)
         numbers.append(Metric(metric="draws_per_image", value=spent, n=len(rows), unit="draws"))
-        numbers.append(
-            Metric(metric="evaluations_per_image", value=spent * members, n=len(rows), unit="network evaluations")
-        )
+        numbers.append(Metric(metric="evaluations_per_image", value=spent * members, n=len(rows), unit="network evaluations"))
         return Outcome(numbers, [])
 
 

@@ -52,7 +52,7 @@ def registered(warnings: list[str] | None = None) -> dict[str, tuple[Defense, st
     for point in entry_points(group="bench.defenses"):
         try:
             modules.append(point.load())
-        except Exception as error:  # noqa: BLE001 (a plug-in may fail in any way and must not stop the rest)
+        except Exception as error:  # a plug-in may fail in any way and must not stop the rest
             if warnings is not None:
                 warnings.append(f"plug-in {point.name} ({point.value}) cannot be loaded: {error}")
     found: dict[str, tuple[Defense, str]] = {}

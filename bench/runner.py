@@ -159,7 +159,8 @@ class Run:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EPERM):
                     raise StoreError(
                         f"cannot write under {self.store.root} ({error.strerror}); everything finished is kept: "
-                        "make room and give the same command again"
+                        "make room and give the same command again",
+                        broken=True,
                     ) from error
                 raise
         return [found for job in self.jobs if (found := self.store.find(job.blank)) is not None]
@@ -175,7 +176,7 @@ class Run:
             model.to(self.device).eval()
         except OSError:
             raise
-        except Exception as error:  # noqa: BLE001 (whatever a defense does wrong becomes its record; the others go on)
+        except Exception as error:  # whatever a defense does wrong becomes its record; the others go on
             self.progress.say(f"{variant.label}: {type(error).__name__}: {error}")
             return error
         return Subject(model, getattr(variant.defense, "sigma", None), seed)
@@ -204,7 +205,7 @@ class Run:
             record = blank.model_copy(update={"status": "skipped", "error": str(reason)})
         except (OSError, StoreError):
             raise
-        except Exception as error:  # noqa: BLE001 (a failed evaluation is a stored record; the others go on)
+        except Exception as error:  # a failed evaluation is a stored record; the others go on
             text = "".join(traceback.format_exception(error))
             record = blank.model_copy(update={"status": "error", "error": text})
             if not isinstance(subject, Exception):
@@ -237,9 +238,7 @@ def prepare(suite: Suite, device: str, folder: Path | None) -> tuple[Task, Image
         SuiteError: if the suite asks for more images than there are.
     """
     facts = suite.facts
-    train, validation = data.hold_out(
-        data.load(suite.dataset, "train", data=folder, device=device), suite.validation_images
-    )
+    train, validation = data.hold_out(data.load(suite.dataset, "train", data=folder, device=device), suite.validation_images)
     test = data.load(suite.dataset, "test", data=folder, device=device)
     wanted = max(evaluation.images for evaluation in suite.evals.values())
     if wanted > len(test) or (suite.train_images or 0) > len(train):
@@ -249,9 +248,7 @@ def prepare(suite: Suite, device: str, folder: Path | None) -> tuple[Task, Image
         )
     if suite.train_images:
         train = train.first(suite.train_images)
-    task = Task(
-        suite.dataset, train, validation, facts.classes, facts.mean, facts.std, suite.architecture, suite.training()
-    )
+    task = Task(suite.dataset, train, validation, facts.classes, facts.mean, facts.std, suite.architecture, suite.training())
     return task, test.first(wanted)
 
 

@@ -1,4 +1,4 @@
-"""Records on disk: one JSON a (variant, seed, evaluation), rows per image in Parquet beside it; atomic, versioned, resumable."""
+"""Records on disk: a JSON each (variant, seed, evaluation), rows per image in Parquet beside it; atomic and resumable."""
 
 from __future__ import annotations
 
@@ -23,7 +23,15 @@ COLUMNS = [
 
 
 class StoreError(RuntimeError):
-    """A run folder cannot be used as it is; says which file, why, and what to do."""
+    """A run folder cannot be used as it is; says which file, why, and what to do.
+
+    Attributes:
+        broken: the folder failed in the middle of a right request (a full disk), rather than being a wrong one to ask for.
+    """
+
+    def __init__(self, message: str, broken: bool = False) -> None:
+        super().__init__(message)
+        self.broken = broken
 
 
 class Strict(BaseModel):

@@ -73,7 +73,7 @@ class Suite(Strict):
 
     def training(self) -> Recipe:
         """The recipe as the training loop takes it."""
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in self.recipe.items()}
+        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in self.recipe.items()}
         return Recipe(**values)
 
     @property
@@ -146,7 +146,8 @@ def _explain(error: ValidationError) -> str:
     """The first few problems of a suite file, in words."""
     problems = []
     for item in error.errors()[:3]:
-        place = ".".join(str(part) for part in item["loc"] if part not in KINDS)
+        # Pydantic puts the kind between an evaluation's name and its key; the file has no such level.
+        place = ".".join(str(part) for i, part in enumerate(item["loc"]) if not (i == 2 and part in KINDS))
         if item["type"] == "extra_forbidden":
             problems.append(f"{place}: unknown key")
         else:

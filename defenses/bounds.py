@@ -56,7 +56,8 @@ class Question:
     def __post_init__(self) -> None:
         if not self.sigma > 0 or not 0 < self.alpha < 0.5 or self.n < 1:
             raise ValueError(
-                f"certification needs sigma > 0, 0 < alpha < 0.5, n >= 1; got sigma={self.sigma}, alpha={self.alpha}, n={self.n}"
+                "certification needs sigma > 0, 0 < alpha < 0.5 and n >= 1; "
+                f"got sigma={self.sigma}, alpha={self.alpha}, n={self.n}"
             )
 
 
@@ -123,7 +124,10 @@ class Grid:
         wanted = np.append(special.ndtr(np.asarray(question.radii) / question.sigma), 2.0)
         following = wanted[np.sum(self._proven(wanted, bound), axis=1)]
         at_best = np.max(
-            [lower(count + then - now, then, level) for then, level in zip(looks[index + 1 :], levels[index + 1 :], strict=True)],
+            [
+                lower(count + then - now, then, level)
+                for then, level in zip(looks[index + 1 :], levels[index + 1 :], strict=True)
+            ],
             axis=0,
         )
         out_of_reach = at_best < following

@@ -1,9 +1,9 @@
 """CEAR: a certified ensemble of students distilled from a clean teacher, with variable Gaussian augmentation.
 
-Paper: "CEAR" (variants CEAR(RW), CEAR(GM) and, without variable augmentation, CEAR-(RW), CEAR-(GM)). Where the released code
-differs from the paper, and what is done here:
+Variants CEAR(RW), CEAR(GM) and, without variable augmentation, CEAR-(RW), CEAR-(GM). What is done here where the paper and its
+released code differ:
 
-- each student's noise deviates by beta ~ U(-sigma/2, sigma/2), drawn once per student; noise is fresh in every batch, unclipped;
+- each student's noise deviates by beta ~ U(-sigma/2, sigma/2), drawn once per student; noise is fresh in every batch;
 - teacher and student both at temperature t, loss t^2 KL, t = 1 at inference, temperatures 2 to 6;
 - robust weights are certified accuracies on validation data (the code uses noisy accuracy on test data);
 - the geometric median is solved per sample and never sticks at a data point (the code's Weiszfeld iteration does);
@@ -117,10 +117,10 @@ class Cear(Defense):
         for net, part in zip(model.members, students, strict=True):
             net.load_state_dict(parts.get(part))
         if self.aggregate == "rw":
-            part = CertifiedAccuracies(
+            accuracies = CertifiedAccuracies(
                 role="robust weights", seed=seed, needs=tuple(students), sigma=self.sigma, images=self.weight_images
             )
-            cast(Weighted, cast(Ensemble, model).rule).set(robust_weights(parts.get(part)["accuracy"]))
+            cast(Weighted, cast(Ensemble, model).rule).set(robust_weights(parts.get(accuracies)["accuracy"]))
 
     def student(self, task: Task, seed: int, member: int) -> Trained:
         """Student number ``member``: its own noise and temperature, the common teacher."""

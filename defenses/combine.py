@@ -127,4 +127,3 @@ def _weiszfeld(points: Tensor, median: Tensor) -> Tensor:
     stay = (same.sum(0) / pull.norm(dim=-1).clamp_min(_COINCIDE)).clamp_max(1)
     here = same.double() / same.sum(0).clamp_min(1)
     return (1 - stay) * elsewhere + stay * here
-

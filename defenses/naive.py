@@ -1,4 +1,4 @@
-"""The naive ensemble: members trained alone that differ in their initialisation and order of images; the baseline of all others."""
+"""The naive ensemble, baseline of all others: members trained alone that differ in initialisation and order of images."""
 
 from __future__ import annotations
 

@@ -20,6 +20,9 @@ from defenses.api import Classifier, Task
 class Normalise(nn.Module):
     """(x - mean) / std per channel; the first layer of every network, so that attacks and radii live in pixel space."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
@@ -117,7 +120,7 @@ def network(task: Task, gen: torch.Generator | None = None, architecture: str | 
         net = Network(Normalise(task.mean, task.std), ARCHITECTURES[name](task.shape, task.classes))
     initialise(net, gen or generator(0, "unfitted"))
     # Convolutions are faster with channels last, on CPU (measured: 1.3 times for LeNet-5) and on tensor cores.
-    return net.to(task.device, memory_format=torch.channels_last).eval()
+    return net.to(task.device).to(memory_format=torch.channels_last).eval()
 
 
 def initialise(net: nn.Module, gen: torch.Generator) -> None:

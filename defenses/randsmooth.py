@@ -1,7 +1,7 @@
-"""Randomised smoothing (Cohen, Rosenfeld & Kolter 2019): one network trained on Gaussian noise, certified with the same sigma.
+"""Randomised smoothing (Cohen, Rosenfeld & Kolter 2019): one network trained on noise, certified with the same sigma.
 
-Cohen's recipe: fresh noise in every batch, added before the normalisation, not clipped. (CEAR's version of this baseline freezes
-one noisy copy of the data and clips it.)
+Cohen's recipe: fresh noise in every batch, added before the normalisation, not clipped. (CEAR's version of this baseline
+freezes one noisy copy of the data and clips it.)
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ class RandSmooth(Defense):
 def gaussian(task: Task, seed: int, member: int, sigma: float) -> Trained:
     """A network trained on Gaussian noise; member 0 is RandSmooth, further ones belong to smoothed ensembles."""
     loss = CrossEntropy(sigma=sigma)
-    return Trained(
-        role="gaussian", seed=seed, member=member, architecture=task.architecture, recipe=task.recipe, loss=loss
-    )
+    return Trained(role="gaussian", seed=seed, member=member, architecture=task.architecture, recipe=task.recipe, loss=loss)
 
 
 randsmooth = RandSmooth()

@@ -74,7 +74,7 @@ class Smoothed(Classifier, Draws):
         return label
 
 
-def certify(
+def certify(  # noqa: PLR0913 (a public contract; everything after sigma has a default)
     base: Base,
     x: Tensor,
     sigma: float,
@@ -152,7 +152,7 @@ def count_votes(base: Base, x: Tensor, sigma: float, n: int, streams: Streams, b
     return counts
 
 
-def ballots(
+def ballots(  # noqa: PLR0913 (the certification loop's inner call)
     base: Base, x: Tensor, sigma: float, streams: Streams, *, rows: range | list[int], span: tuple[int, int], batch: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Votes of the base classifier on noise draws span[0] to span[1] of some images, in pieces of bounded memory.

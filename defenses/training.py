@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -93,7 +94,7 @@ def train(net: Network, task: Task, part: Trained, needs: Sequence[Network], wor
         gen = generator(part.seed, "train", part.role, part.member, epoch, device=task.device)
         facts = _epoch(net, task.train, optimizer, part, needs, gen)
         facts["validation_accuracy"] = accuracy(net, task.validation)
-        broken = [name for name, value in facts.items() if not value == value or abs(value) == float("inf")]
+        broken = [name for name, value in facts.items() if not math.isfinite(value)]
         if broken:
             raise TrainingDiverged(
                 f"{part.role} {part.member} (seed {part.seed}): {', '.join(broken)} is not finite in epoch {epoch + 1} of "
@@ -117,7 +118,12 @@ def accuracy(net: nn.Module, images: Images, batch: int = 500) -> float:
 
 
 def _epoch(
-    net: Network, images: Images, optimizer: torch.optim.Optimizer, part: Trained, needs: Sequence[Network], gen: torch.Generator
+    net: Network,
+    images: Images,
+    optimizer: torch.optim.Optimizer,
+    part: Trained,
+    needs: Sequence[Network],
+    gen: torch.Generator,
 ) -> dict[str, float]:
     """One pass; sums stay on the device, so the host waits once per epoch."""
     recipe, device = part.recipe, images.pixels.device

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn, tensor
 
 from attacks import ATTACKS, Attack, Bim, ContractError, Fgsm, Pgd, Streams
-from attacks.api import Search
+from attacks.api import Oracle, Search
 
 EVERY = pytest.mark.parametrize("kind", ATTACKS.values(), ids=ATTACKS)
 
@@ -395,6 +395,18 @@ def test_an_image_alone_gives_the_same_bits(name):
 @given(rows=st.lists(st.integers(0, 999), min_size=1, max_size=80, unique=True))
 def test_any_selection_of_images_gives_the_same_bits(name, rows):
     assert_same(name, tensor(rows))
+
+
+def test_with_two_threads_a_small_batch_gets_the_same_answers_too():
+    # Two threads share 9 rows as 5 and 4, each few enough for a matrix product that rounds differently.
+    ask, before = Oracle(NET), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        answers = ask(IMAGES, torch.arange(1000))
+        for few in range(1, 20):
+            assert torch.equal(ask(IMAGES[:few], torch.arange(few)), answers[:few]), few
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_another_seed_gives_other_starts():

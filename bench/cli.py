@@ -1,0 +1,245 @@
+"""The command line: parses, prints, and turns errors into one line and an exit code. Heavy imports wait for their command."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from bench.store import Record
+
+app = typer.Typer(
+    name="bench",
+    help="Adversarial evaluation of defenses: attacks, certificates, tables, plots.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+
+Runs = Annotated[Path, typer.Option("--runs", help="folder of results")]
+Data = Annotated[Path | None, typer.Option("--data", help="folder of data sets; default: $BENCH_DATA, else a download")]
+SuiteName = Annotated[str, typer.Option("--suite", help="name of a suite, or a .toml file")]
+Out = Annotated[Path, typer.Option("--out", help="folder to write to")]
+
+
+@app.command()
+def run(  # noqa: PLR0913 (every option of the contract)
+    defense: Annotated[str, typer.Option(help="a,b | all | name@field=value | ./mine.py | ./mine.py:name")],
+    suite: SuiteName,
+    budget: Annotated[str, typer.Option(help="smoke, quick or paper")] = "quick",
+    seeds: Annotated[str, typer.Option(help="training seeds, e.g. 0,1,2")] = "0",
+    only: Annotated[str, typer.Option(help="evaluations to run, e.g. clean,certified")] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1")] = "auto",
+    data: Data = None,
+    runs: Runs = Path("runs"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="move old results aside (never deleted) and begin anew")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be done")] = False,
+) -> None:
+    """Train what is missing, evaluate what is missing, store every record, draw the plots."""
+    from bench.progress import Progress
+    from bench.runner import Request, Run
+
+    request = Request(
+        defense=defense,
+        suite=suite,
+        budget=budget,
+        seeds=_seeds(seeds),
+        only=tuple(filter(None, only.split(","))),
+        device=device,
+        data=data,
+        runs=runs,
+        fresh=fresh,
+    )
+    job = Run(request, Progress())
+    if dry_run:
+        missing = {id(item) for item in job.missing()}
+        for item in job.jobs:
+            state = "to do" if id(item) in missing else "done "
+            print(f"{state}  {item.variant.label}  seed {item.blank.seed}  {item.blank.eval['name']}")
+        return
+    try:
+        records = job.execute()
+    except KeyboardInterrupt:
+        print("\ninterrupted; everything finished is kept, the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    for problem in job.store.problems:
+        print(problem, file=sys.stderr)
+    _show(job.store.root, job.suite.name, records)
+    if any(record.status == "error" for record in records):
+        raise typer.Exit(FAILED)
+
+
+def _show(root: Path, suite: str, records: list[Record]) -> None:
+    """Summary, failures, and where everything is."""
+    from bench import plots, tables
+    from bench.store import Store
+
+    store = Store(root)
+    for table in tables.summaries(store, suite):
+        print(f"\n{tables.render(table, 'text')}\n")
+    for record in records:
+        if record.status == "skipped":
+            print(f"skipped: {record.defense['variant']} {record.eval['name']}: {record.error}")
+        if record.status == "error":
+            last = (record.error or "").strip().splitlines()[-1]
+            print(f"failed: {record.defense['variant']} {record.eval['name']} (seed {record.seed}): {last}")
+    drawn = plots.draw(store, suite, root / suite / "plots")
+    print(f"\nrecords: {root / suite}\nplots:   {', '.join(str(path) for path in drawn if path.suffix == '.png')}")
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(seed) for seed in text.split(","))
+    except ValueError:
+        raise ValueError(f"--seeds: {text!r} is no list of integers such as 0,1,2") from None
+
+
+@app.command(name="list")
+def list_(
+    what: Annotated[str, typer.Argument(help="defenses, attacks, suites, tables or datasets")] = "",
+) -> None:
+    """Show what there is."""
+    from attacks import ATTACKS
+    from bench import tables
+    from bench.data import DATASETS
+    from bench.registry import registered
+    from bench.suites import available, unknown
+
+    warnings: list[str] = []
+    kinds = {
+        "defenses": lambda: {name: _first_line(defense) for name, (defense, _) in registered(warnings).items()},
+        "attacks": lambda: {name: _first_line(attack) for name, attack in ATTACKS.items()},
+        "suites": lambda: {name: _description(name) for name in available()},
+        "tables": lambda: {"summary": f"every number of a suite; formats {', '.join(tables.FORMATS)}"},
+        "datasets": lambda: {name: f"{facts.classes} classes, {facts.shape}" for name, facts in DATASETS.items()},
+    }
+    if what and what not in kinds:
+        raise ValueError(f"list: {unknown(what, kinds)}")
+    for kind in [what] if what else list(kinds):
+        print(f"{kind}:")
+        for name, text in kinds[kind]().items():
+            print(f"  {name:24}{text}")
+    for warning in warnings:
+        print(warning, file=sys.stderr)
+
+
+def _first_line(thing: object) -> str:
+    return (thing.__doc__ or "").strip().splitlines()[0]
+
+
+def _description(suite: str) -> str:
+    from bench.suites import load_suite
+
+    return load_suite(suite).description
+
+
+@app.command()
+def status(runs: Runs = Path("runs")) -> None:
+    """What is finished, failed or unfinished in a run folder."""
+    from tabulate import tabulate
+
+    from bench.store import Store
+
+    store = Store(runs)
+    rows = []
+    for record in store.records():
+        state = "unfinished" if record.status == "running" else record.status
+        pieces = len(list(store.partial(record).folder.glob("*.parquet"))) if record.status == "running" else ""
+        place = (record.suite["name"], record.defense["variant"], record.suite["budget"], record.seed, record.eval["name"])
+        rows.append((*place, state, pieces, record.cost.get("seconds", "")))
+    headers = ["suite", "defense", "budget", "seed", "eval", "status", "pieces kept", "seconds"]
+    print(tabulate(rows, headers, floatfmt=".1f") if rows else f"no records under {runs}")
+    for problem in store.problems:
+        print(problem, file=sys.stderr)
+
+
+@app.command()
+def table(
+    name: Annotated[str, typer.Argument(help="summary")],
+    suite: Annotated[str | None, typer.Option("--suite", help="only this suite")] = None,
+    format_: Annotated[str, typer.Option("--format", help="text, md, latex, csv, json or html")] = "text",
+    runs: Runs = Path("runs"),
+) -> None:
+    """Print a table of stored records."""
+    from bench import tables
+    from bench.suites import unknown
+
+    if name != "summary":
+        raise ValueError(f"table: {unknown(name, ['summary'])}")
+    if format_ not in tables.FORMATS:
+        raise ValueError(f"--format: {unknown(format_, tables.FORMATS)}")
+    store = _filled(runs)
+    print("\n\n".join(tables.render(item, format_) for item in tables.summaries(store, suite)))
+    for problem in store.problems:
+        print(problem, file=sys.stderr)
+
+
+@app.command()
+def plot(suite: SuiteName, out: Out = Path("plots"), runs: Runs = Path("runs")) -> None:
+    """Draw certified accuracy, accuracy against epsilon, and training curves of a suite, as PDF and PNG."""
+    from bench import plots
+
+    for path in plots.draw(_filled(runs, suite), suite, out):
+        print(path)
+
+
+@app.command()
+def leaderboard(
+    with_: Annotated[Path | None, typer.Option("--with", help="also show the records of this run folder")] = None,
+    out: Out = Path("board"),
+) -> None:
+    """Write the leaderboard of the committed records as one static page."""
+    from bench import site
+    from bench.store import Store
+    from bench.suites import SUITES
+
+    stores = [Store(SUITES.parent / "results"), *([_filled(with_)] if with_ else [])]
+    print(site.write(stores, out))
+
+
+def _filled(runs: Path, suite: str = "*"):  # type: ignore[no-untyped-def]
+    """The store, which must hold records of the suite."""
+    from bench.store import Store
+
+    store = Store(runs)
+    if not store.records(suite):
+        raise ValueError(f"there are no records under {runs}" + (f" for suite {suite!r}" if suite != "*" else ""))
+    return store
+
+
+@app.command()
+def doctor(data: Data = None, runs: Runs = Path("runs")) -> None:
+    """Look at this installation: versions, device, data at hand, defenses, run folder."""
+    from bench import environment
+
+    checks = environment.doctor(data, runs)
+    for name, well, detail in checks:
+        print(f"{'ok  ' if well else 'BAD '} {name:18}{detail}")
+    if not all(well for _, well, _ in checks):
+        raise typer.Exit(FAILED)
+
+
+def main() -> None:
+    """Entry point: a message instead of a traceback (``--debug`` anywhere shows it), and the contract's exit codes."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        app()
+    except (ValueError, RuntimeError, OSError) as error:
+        if debug:
+            raise
+        print(f"bench: {error}", file=sys.stderr)
+        sys.exit(_code(error))
+
+
+def _code(error: Exception) -> int:
+    """2 for a wrong request; 1 where the request was right and the machine failed."""
+    from bench.store import StoreError
+
+    return WRONG if isinstance(error, ValueError) or (isinstance(error, StoreError) and not error.broken) else FAILED

@@ -1,0 +1,123 @@
+"""The command line as a user meets it: output, exit codes, and one clear line for every wrong request."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import cli
+
+
+def call(*words: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Exit code of ``bench words``, in this process."""
+    monkeypatch.setattr(sys, "argv", ["bench", *words])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0)
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # type: ignore[no-untyped-def]
+    monkeypatch.chdir(tmp_path)
+    return lambda *words: call(*words, monkeypatch=monkeypatch)
+
+
+def test_a_run_prints_numbers_and_where_everything_is(bench, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("run", "--defense", "cear_rw@members=2", "--suite", str(tiny), "--device", "cpu") == 0
+    out = capsys.readouterr().out
+    for expected in ("cear_rw@members=2", "pgd", "CA 0", "records: runs/tiny", "certified.png"):
+        assert expected in out
+    assert list(Path("runs/tiny/plots").glob("*.pdf"))
+    for fmt, mark in {"md": "|", "latex": "toprule", "csv": "robust_accuracy", "json": "[", "html": "<table"}.items():
+        assert bench("table", "summary", "--format", fmt) == 0
+        assert mark in capsys.readouterr().out
+    assert bench("status") == 0
+    assert "success" in capsys.readouterr().out
+    assert bench("plot", "--suite", "tiny", "--out", "figures") == 0
+    assert list(Path("figures").glob("*.png"))
+    assert bench("leaderboard", "--with", "runs", "--out", "board") == 0
+    assert "cear_rw@members=2" in next(Path("board").glob("*.html")).read_text()
+
+
+def test_a_dry_run_writes_nothing(bench, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("run", "--defense", "naive", "--suite", str(tiny), "--dry-run") == 0
+    assert "to do  naive  seed 0  pgd" in capsys.readouterr().out
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("run", "--defense", "cear_wr", "--suite", "digits"), "did you mean 'cear_rw'"),
+        (("run", "--defense", "naive", "--suite", "digit"), "did you mean 'digits'"),
+        (("run", "--defense", "naive", "--suite", "digits", "--budget", "quik"), "did you mean 'quick'"),
+        (("run", "--defense", "naive", "--suite", "digits", "--only", "pgdd"), "did you mean 'pgd'"),
+        (("run", "--defense", "naive", "--suite", "digits", "--seeds", "a"), "list of integers"),
+        (("run", "--defense", "naive", "--suite", "digits", "--device", "gpu"), "unknown device 'gpu'"),
+        (("run", "--defense", "naive", "--suite", "mnist", "--data", "nowhere"), "nowhere"),
+        (("table", "summry"), "did you mean 'summary'"),
+        (("table", "summary", "--format", "pdf"), "unknown 'pdf'"),
+        (("table", "summary", "--runs", "nowhere"), "no records"),
+        (("plot", "--suite", "digits"), "no records"),
+        (("list", "defences"), "did you mean 'defenses'"),
+        (("run", "--defense", "naive"), "suite"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_code_2(bench, words, message, capsys, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.delenv("BENCH_DATA", raising=False)
+    assert bench(*words) == 2
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err
+    assert not Path("runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_said_clearly(bench, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("run", "--defense", "naive", "--suite", "digits", "--device", "cuda") == 2
+    assert "no CUDA device; use --device cpu or auto" in capsys.readouterr().err
+
+
+def test_a_failed_evaluation_gives_code_1(bench, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.write_text(tiny.read_text().replace("lr = 0.01", "lr = 1e30"))
+    assert bench("run", "--defense", "randsmooth", "--suite", str(tiny), "--device", "cpu") == 1
+    out = capsys.readouterr().out
+    assert "failed: randsmooth clean" in out and "lower recipe.lr" in out
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", "--debug", "table", "nothing"])
+    with pytest.raises(ValueError, match="unknown 'nothing'"):
+        cli.main()
+
+
+def test_lists_show_what_there_is(bench, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("list") == 0
+    out = capsys.readouterr().out
+    for name in ("cear_rw", "randsmooth", "pgd", "digits", "mnist", "summary"):
+        assert name in out
+
+
+def test_doctor_looks_at_the_installation(bench, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("doctor") == 0
+    assert "ok   torch" in capsys.readouterr().out
+
+
+def test_ctrl_c_keeps_what_was_finished_and_says_so(tiny: Path) -> None:
+    tiny.write_text(tiny.read_text().replace("epochs = 2", "epochs = 5000"))
+    words = ["run", "--defense", "randsmooth", "--suite", str(tiny), "--runs", str(tiny.parent / "runs"), "--device", "cpu"]
+    code = f"import sys; sys.argv = ['bench', *{words!r}]; from bench.cli import main; main()"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=os.environ)
+    until = time.monotonic() + 60
+    while not list((tiny.parent / "runs").rglob("*.checkpoint")) and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == cli.INTERRUPTED
+    assert "everything finished is kept" in err and "Traceback" not in err

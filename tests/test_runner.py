@@ -1,0 +1,223 @@
+"""The runner: what it stores, shares, refuses and survives."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+import bench.store
+from bench.evals import Robust
+from bench.runner import Request, Run, run
+from bench.store import Store, StoreError
+from bench.suites import SuiteError
+
+
+def request(tiny: Path, **changes: Any) -> Request:
+    fields = {"defense": "randsmooth", "suite": str(tiny), "runs": tiny.parent / "runs", "device": "cpu", **changes}
+    return Request(**fields)
+
+
+def test_a_run_stores_a_record_and_rows_for_every_evaluation(tiny: Path) -> None:
+    records = Run(request(tiny)).execute()
+    assert [record.status for record in records] == ["success"] * 3
+    store = Store(tiny.parent / "runs")
+    for record in records:
+        rows = store.rows(record)
+        assert set(rows.id) and record.hashes["weights"].startswith("sha256:")
+        assert record.hashes["data"] == "digits scikit-learn"
+        assert record.made["versions"]["torch"] == torch.__version__
+        assert record.task["recipe"]["epochs"] == 2
+    clean = store.rows(records[0])
+    value = next(m.value for m in records[0].metrics if m.metric == "clean_accuracy")
+    assert value == (clean.label == clean.prediction).mean()
+
+
+def test_a_second_run_computes_nothing(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Run(request(tiny)).execute()
+    monkeypatch.setattr(Robust, "measure", lambda *args: pytest.fail("computed again"))
+    assert Run(request(tiny)).execute() == first
+
+
+def test_the_teacher_and_each_student_are_trained_once_for_all_variants(tiny: Path) -> None:
+    runs = tiny.parent / "runs"
+    Run(request(tiny, defense="randsmooth,cear_minus_rw,cear_minus_gm,cear_rw,cear_gm", only=("clean",))).execute()
+    events = [json.loads(line) for line in (runs / "tiny/parts/log.jsonl").read_text().splitlines()]
+    made = [event["role"] for event in events if event["event"] == "made"]
+    assert made.count("teacher") == 1
+    assert made.count("student") == 10  # five with variable noise, five without
+    assert made.count("gaussian") == 1
+    assert made.count("robust weights") == 2
+    assert len({event["key"] for event in events}) == len(events)
+
+
+def test_seeds_train_networks_of_their_own(tiny: Path) -> None:
+    one, two = Run(request(tiny, seeds=(0, 1), only=("clean",))).execute()
+    assert one.hashes["weights"] != two.hashes["weights"]
+    assert (one.seed, two.seed) == (0, 1)
+
+
+def test_a_changed_suite_is_refused_by_field_and_fresh_moves_aside(tiny: Path) -> None:
+    Run(request(tiny, only=("clean",))).execute()
+    tiny.write_text(tiny.read_text().replace("epochs = 2", "epochs = 3"))
+    with pytest.raises(StoreError, match=r"task\.recipe\.epochs was 2, now 3.*--fresh"):
+        Run(request(tiny, only=("clean",))).execute()
+    record = Run(request(tiny, only=("clean",), fresh=True)).execute()[0]
+    assert record.task["recipe"]["epochs"] == 3
+    assert len(list((tiny.parent / "runs").rglob("clean.json.old1"))) == 1
+
+
+def test_pieces_of_another_request_are_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Robust.measure
+    calls = []
+
+    def interrupted(self: Robust, *args: Any) -> pd.DataFrame:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    monkeypatch.setattr(Robust, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Run(request(tiny, only=("pgd",))).execute()
+    monkeypatch.setattr(Robust, "measure", original)
+    tiny.write_text(tiny.read_text().replace("steps = 3", "steps = 4"))
+    with pytest.raises(StoreError, match=r"eval\.fields\.steps was 3, now 4"):
+        Run(request(tiny, only=("pgd",))).execute()
+
+
+def test_a_defense_that_fails_is_a_record_and_the_others_go_on(tiny: Path) -> None:
+    mine = tiny.parent / "mine.py"
+    mine.write_text(
+        "from dataclasses import dataclass\n"
+        "from defenses.naive import Naive\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Broken(Naive):\n"
+        "    def fit(self, model, task, parts, seed):\n"
+        "        raise ArithmeticError('no such luck')\n"
+        "broken = Broken()\n"
+        "fine = Naive(members=1)\n"
+    )
+    records = Run(request(tiny, defense=f"{mine}", only=("clean",))).execute()
+    assert [(r.defense["name"], r.status) for r in records] == [("broken", "error"), ("fine", "success")]
+    assert "ArithmeticError: no such luck" in (records[0].error or "")
+    mine.write_text(mine.read_text().replace("raise ArithmeticError('no such luck')", "super().fit(model, task, parts, seed)"))
+    assert [r.status for r in Run(request(tiny, defense=f"{mine}", only=("clean",))).execute()] == ["success", "success"]
+
+
+def test_a_loss_that_becomes_nan_names_part_epoch_and_remedy(tiny: Path) -> None:
+    tiny.write_text(tiny.read_text().replace("lr = 0.01", "lr = 1e30"))
+    record = Run(request(tiny, only=("clean",))).execute()[0]
+    assert record.status == "error"
+    assert "gaussian 0" in (record.error or "") and "epoch" in (record.error or "") and "lower recipe.lr" in (record.error or "")
+
+
+def test_an_evaluation_that_makes_no_sense_is_skipped_with_the_reason(tiny: Path) -> None:
+    record = Run(request(tiny, defense="naive@members=1", only=("certified",))).execute()[0]
+    assert record.status == "skipped"
+    assert "no noise level" in (record.error or "")
+
+
+def _hold(folder: str, ready: Any, done: Any) -> None:
+    with Store(folder).locked("tiny"):
+        ready.set()
+        done.wait(30)
+
+
+def test_two_runs_in_one_folder_do_not_mix(tiny: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(str(tiny.parent / "runs"), ready, done))
+    other.start()
+    try:
+        assert ready.wait(30)
+        with pytest.raises(StoreError, match="another run is working"):
+            Run(request(tiny)).execute()
+    finally:
+        done.set()
+        other.join()
+    assert Run(request(tiny, only=("clean",))).execute()[0].status == "success"
+
+
+def test_a_full_disk_says_so_and_keeps_what_was_finished(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Run(request(tiny, only=("clean",))).execute()
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.store.os, "fsync", full)
+        with pytest.raises(StoreError, match=r"No space left on device.*finished is kept") as caught:
+            Run(request(tiny)).execute()
+    assert caught.value.broken
+    assert [r.status for r in Run(request(tiny)).execute()] == ["success"] * 3
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused(tiny: Path) -> None:
+    blocked = tiny.parent / "file"
+    blocked.write_text("")
+    with pytest.raises(StoreError, match="choose another folder"):
+        Run(request(tiny, runs=blocked)).execute()
+
+
+def test_a_damaged_record_is_moved_aside_and_computed_again(tiny: Path) -> None:
+    first = Run(request(tiny, only=("clean",))).execute()[0]
+    store = Store(tiny.parent / "runs")
+    store.path(first).write_text('{"format": 1, "status": "succ')
+    again = Run(request(tiny, only=("clean",)))
+    record = again.execute()[0]
+    assert record.metrics == first.metrics
+    assert "moved to clean.json.corrupt" in again.store.problems[0]
+
+
+def test_a_damaged_network_is_moved_aside_and_trained_again(tiny: Path) -> None:
+    first = Run(request(tiny, only=("clean",))).execute()[0]
+    parts = tiny.parent / "runs/tiny/parts"
+    (network,) = parts.glob("*.safetensors")
+    network.write_bytes(network.read_bytes()[:100])
+    again = Run(request(tiny, only=("clean",), fresh=True)).execute()[0]
+    assert again.hashes["weights"] == first.hashes["weights"]
+    assert len(list(parts.glob("*.corrupt"))) == 1
+
+
+def test_results_do_not_depend_on_which_evaluations_run_together(tiny: Path) -> None:
+    together = {r.eval["name"]: r.metrics for r in Run(request(tiny)).execute()}
+    alone = Run(request(tiny, runs=tiny.parent / "other", only=("certified",))).execute()[0]
+    assert alone.metrics == together["certified"]
+
+
+def test_the_callers_generators_are_untouched(tiny: Path) -> None:
+    before = torch.random.get_rng_state()
+    Run(request(tiny)).execute()
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_unknown_evaluation_gets_the_nearest_name(tiny: Path) -> None:
+    with pytest.raises(SuiteError, match="did you mean 'certified'"):
+        Run(request(tiny, only=("certifid",)))
+
+
+def test_asking_for_more_images_than_there_are_is_refused(tiny: Path) -> None:
+    tiny.write_text(tiny.read_text().replace("images = 64", "images = 64000"))
+    with pytest.raises(SuiteError, match="64000 training images"):
+        Run(request(tiny))
+
+
+def test_run_is_a_function_of_its_request(tiny: Path) -> None:
+    records = run(defense="randsmooth", suite=str(tiny), runs=tiny.parent / "runs", device="cpu", only=("clean",))
+    assert records[0].status == "success"
+
+
+def test_no_certificate_passes_its_ceiling(tiny: Path) -> None:
+    from defenses.bounds import ceiling
+
+    record = Run(request(tiny, only=("certified",))).execute()[0]
+    rows = Store(tiny.parent / "runs").rows(record)
+    assert rows.radius.max() <= ceiling(0.25, 200, 0.9 * 0.001)
+    assert all(m.radius <= ceiling(0.25, 200, 0.9 * 0.001) for m in record.metrics if m.radius is not None)
