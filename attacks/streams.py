@@ -6,16 +6,44 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 Purpose = str | int | float
 
 
+def _digest(seed: int, purpose: tuple[Purpose, ...], size: int) -> bytes:
+    return hashlib.blake2b(repr((int(seed), *purpose)).encode(), digest_size=size).digest()
+
+
 def generator(seed: int, *purpose: Purpose, device: str | torch.device = "cpu") -> torch.Generator:
-    """A torch generator that is a pure function of ``seed`` and ``purpose`` (blake2b of both)."""
-    digest = hashlib.blake2b(repr((int(seed), *purpose)).encode(), digest_size=8).digest()
-    return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "big") >> 1)
+    """A torch generator that is a pure function of ``seed`` and ``purpose`` (blake2b of both).
+
+    For training, splits and initialisation, which need few: on the CPU torch uses 32 bits of a seed.
+    """
+    return torch.Generator(device=device).manual_seed(int.from_bytes(_digest(seed, purpose, 8), "big") >> 1)
+
+
+def wide_generator(seed: int, *purpose: Purpose, device: str | torch.device = "cpu") -> torch.Generator:
+    """As :func:`generator`, for the millions of streams of an evaluation, which 32 bits could not keep apart.
+
+    On the CPU the whole state of the Mersenne twister is filled from the hash; CUDA's generator takes 64 bits by itself.
+    """
+    made = torch.Generator(device=device)
+    if made.device.type != "cpu":
+        return made.manual_seed(int.from_bytes(_digest(seed, purpose, 8), "big") >> 1)
+    state = _FRESH.copy()
+    words = np.frombuffer(hashlib.shake_256(_digest(seed, purpose, 32)).digest(4 * _WORDS), "<u4").astype("<u8")
+    state[_OFFSET : _OFFSET + 8 * _WORDS] = words.view(np.uint8)
+    return made.set_state(torch.from_numpy(state))
+
+
+_WORDS, _OFFSET = 624, 24
+"""The twister's words, and where they lie in torch's serialised CPU generator: 64 bits each, after seed, left and next."""
+
+_FRESH = torch.Generator().manual_seed(0).get_state().numpy()
+"""State just after seeding: the next number asked for twists all words first."""
 
 
 class Streams:
@@ -63,7 +91,7 @@ class Streams:
 
     def one(self, row: int, block: int = 0) -> torch.Generator:
         """The generator of one row's block."""
-        return generator(self.seed, *self.purpose, "image", self.ids[row], block, device=self.device)
+        return wide_generator(self.seed, *self.purpose, "image", self.ids[row], block, device=self.device)
 
     def generators(self, block: int = 0) -> Iterator[torch.Generator]:
         """One generator per row for this block."""

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from attacks.streams import Draws, Streams, drawing, generator
+from attacks.streams import Draws, Streams, drawing, generator, wide_generator
 
 
 class Noise(Draws):
@@ -161,3 +161,16 @@ def test_a_layers_numbers_follow_the_image_through_the_batch():
         batch = layer(x)
     with drawing(layer, Streams(0, ids=[2])):
         assert torch.equal(layer(x[:1]), batch[1:2])
+
+
+def test_the_whole_state_is_keyed_not_only_32_bits_of_a_seed() -> None:
+    """Torch's twister, filled from the hash, gives the numbers of NumPy's twister with the same words."""
+    gen = wide_generator(7, "layout", 3)
+    state = gen.get_state().numpy()
+    words = state[24 : 24 + 8 * 624].view("<u8")
+    assert (words < 2**32).all() and len(set(words.tolist())) > 600
+    twister = np.random.MT19937()
+    twister.state = {"bit_generator": "MT19937", "state": {"key": words.astype(np.uint32), "pos": 624}}
+    expected = twister.random_raw(2000)[1::2].astype(np.int64) % 2**31  # torch takes the second of two words
+    drawn = torch.empty(1000, dtype=torch.int64).random_(0, 2**31, generator=wide_generator(7, "layout", 3))
+    np.testing.assert_array_equal(drawn.numpy(), expected)
