@@ -28,7 +28,7 @@ Out = Annotated[Path, typer.Option("--out", help="folder to write to")]
 
 
 @app.command()
-def run(  # noqa: PLR0913 (every option of the contract)
+def run(  # noqa: PLR0913, PLR0917 (every option of the contract)
     defense: Annotated[str, typer.Option(help="a,b | all | name@field=value | ./mine.py | ./mine.py:name")],
     suite: SuiteName,
     budget: Annotated[str, typer.Option(help="smoke, quick or paper")] = "quick",
@@ -55,7 +55,7 @@ def run(  # noqa: PLR0913 (every option of the contract)
         runs=runs,
         fresh=fresh,
     )
-    job = Run(request, Progress())
+    job = Run(request, Progress(sys.stderr))
     if dry_run:
         missing = {id(item) for item in job.missing()}
         for item in job.jobs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,11 +15,11 @@ class Progress:
     """Shows steps on a stream; silent if there is none.
 
     Args:
-        stream: where to; standard error by default, None for silence.
+        stream: where to; None for silence.
         every: seconds between plain lines of one step.
     """
 
-    def __init__(self, stream: TextIO | None = sys.stderr, every: float = 10.0) -> None:
+    def __init__(self, stream: TextIO | None, every: float = 10.0) -> None:
         self.stream = stream
         self.every = every
         self.prefix = ""

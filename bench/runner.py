@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -144,6 +145,8 @@ class Run:
         """
         with ExitStack() as stack:
             stack.enter_context(self.store.locked(self.suite.name))
+            # float32 means float32: cuDNN would round to TF32 by itself, and choose kernels by timing.
+            stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False))
             missing = self.missing()
             if self.request.fresh:
                 for job in missing:
@@ -268,7 +271,7 @@ def replace_hashes(record: Record, **hashes: str) -> Record:
 
 def run(**fields: Any) -> list[Record]:
     """``run(defense="cear_rw", suite="digits", ...)``: do a :class:`Request` and return its records."""
-    return Run(Request(**fields), Progress()).execute()
+    return Run(Request(**fields), Progress(sys.stderr)).execute()
 
 
 def _same_model(one: Job, other: Job) -> bool:

@@ -43,6 +43,6 @@ def test_help_imports_nothing_heavy() -> None:
         "heavy = {'torch', 'torchvision', 'scipy', 'pandas', 'matplotlib', 'sklearn'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     assert "leaderboard" in done.stdout

@@ -134,7 +134,9 @@ def test_the_two_sided_test_is_scipys(a, b):
 # --- questions
 
 
-@pytest.mark.parametrize("sigma, alpha, n", [(0, 0.001, 9), (-1, 0.001, 9), (float("nan"), 0.001, 9), (1, 0, 9), (1, 0.5, 9), (1, 0.1, 0)])
+@pytest.mark.parametrize(
+    "sigma, alpha, n", [(0, 0.001, 9), (-1, 0.001, 9), (float("nan"), 0.001, 9), (1, 0, 9), (1, 0.5, 9), (1, 0.1, 0)]
+)
 def test_a_question_out_of_range_is_refused(sigma, alpha, n):
     with pytest.raises(ValueError, match=r"sigma > 0, 0 < alpha < 0.5, n >= 1; got sigma="):
         Question(sigma, alpha, n)

@@ -32,7 +32,7 @@ def test_a_run_stores_a_record_and_rows_for_every_evaluation(tiny: Path) -> None
         rows = store.rows(record)
         assert set(rows.id) and record.hashes["weights"].startswith("sha256:")
         assert record.hashes["data"] == "digits scikit-learn"
-        assert record.made["versions"]["torch"] == torch.__version__
+        assert torch.__version__.startswith(record.made["versions"]["torch"])
         assert record.task["recipe"]["epochs"] == 2
     clean = store.rows(records[0])
     value = next(m.value for m in records[0].metrics if m.metric == "clean_accuracy")
@@ -115,7 +115,9 @@ def test_a_loss_that_becomes_nan_names_part_epoch_and_remedy(tiny: Path) -> None
     tiny.write_text(tiny.read_text().replace("lr = 0.01", "lr = 1e30"))
     record = Run(request(tiny, only=("clean",))).execute()[0]
     assert record.status == "error"
-    assert "gaussian 0" in (record.error or "") and "epoch" in (record.error or "") and "lower recipe.lr" in (record.error or "")
+    assert (
+        "gaussian 0" in (record.error or "") and "epoch" in (record.error or "") and "lower recipe.lr" in (record.error or "")
+    )
 
 
 def test_an_evaluation_that_makes_no_sense_is_skipped_with_the_reason(tiny: Path) -> None:

@@ -1,0 +1,199 @@
+"""Tables of stored records, one for each suite, version, budget and estimator; every number with its interval."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+from statistics import mean, stdev
+from typing import Any
+
+from bench.store import Metric, Record, Store
+
+FORMATS = ("text", "md", "latex", "csv", "json", "html")
+
+HOLE = "–"
+
+# The number of each seed, with the record it stands in.
+Cell = list[tuple[Record, Metric]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A finished table.
+
+    Attributes:
+        title, caption: what it is; the caption names everything that a reader needs to trust or doubt a cell.
+        columns: headings, the first two are "defense" and "seeds", the last is "status".
+        rows: variant -> heading -> the records and numbers behind a cell; an absent heading is a hole.
+    """
+
+    title: str
+    caption: str
+    columns: list[str]
+    rows: dict[str, dict[str, Cell]]
+    unfinished: dict[str, list[Record]]
+
+
+def summaries(store: Store, suite: str | None = None) -> list[Table]:
+    """All tables of a store, or of one suite. Budgets, suite versions and estimators never share a table."""
+    records = store.records(suite or "*")
+    return [_table(list(group)) for _, group in groupby(sorted(records, key=_block), key=_block)]
+
+
+def _block(record: Record) -> tuple[Any, ...]:
+    """What the records of one table share; attacks and each kind of certificate have tables of their own."""
+    return (record.suite["name"], record.suite["version"], record.suite["budget"], certificate(record))
+
+
+def certificate(record: Record) -> str:
+    """Estimator, n and alpha of a certified record, in words; empty for others."""
+    fields = record.eval["fields"]
+    if "estimator" not in fields:
+        return ""
+    return f"{fields['estimator']} estimator, n0 = {fields['n0']}, n <= {fields['n']}, alpha = {fields['alpha']:g}"
+
+
+def _table(records: list[Record]) -> Table:
+    name, _, budget, kind = _block(records[0])
+    rows: dict[str, dict[str, Cell]] = {}
+    order: dict[tuple[Any, ...], str] = {}
+    unfinished: dict[str, list[Record]] = {}
+    for record in records:
+        row = rows.setdefault(record.defense["variant"], {})
+        if not record.metrics:
+            unfinished.setdefault(record.defense["variant"], []).append(record)
+        for metric in record.metrics:
+            key = _key(record, metric)
+            if key:
+                row.setdefault(order.setdefault(key, _heading(key)), []).append((record, metric))
+    title = f"{name}, {budget}: " + ("certified accuracy" if kind else "accuracy under attack")
+    columns = ["defense", "seeds", *(order[key] for key in sorted(order)), "status"]
+    return Table(title, _caption(records, kind), columns, rows, unfinished)
+
+
+def _rank(record: Record) -> int:
+    return {"clean": 0, "robust": 1, "certified": 2}.get(record.eval["fields"].get("kind", ""), 3)
+
+
+def _key(record: Record, metric: Metric) -> tuple[Any, ...]:
+    """Sort key of a number's column, () if the summary leaves it out."""
+    fields, rank = record.eval["fields"], _rank(record)
+    if metric.metric == "clean_accuracy":
+        return (rank, "clean", 0.0)
+    if metric.metric == "robust_accuracy" and metric.denominator == "all":
+        return (rank, f"{record.eval['name']} {fields.get('norm', '')}", metric.eps)
+    if metric.metric == "certified_accuracy":
+        return (rank, "CA", metric.radius)
+    if metric.metric == "acr":
+        return (rank, "acr", 0.0)
+    if metric.metric == "draws_per_image":
+        return (rank, "draws", 0.0)
+    return ()
+
+
+def _heading(key: tuple[Any, ...]) -> str:
+    _, name, value = key
+    return name if name in ("clean", "acr", "draws") else f"{name} {value:g}"
+
+
+def _caption(records: list[Record], kind: str) -> str:
+    first = records[0]
+    name, version, budget, _ = _block(first)
+    size = "published size" if budget == "paper" else "reduced budget"
+    images = sorted({(r.eval["name"], r.eval["fields"]["images"]) for r in records if "images" in r.eval["fields"]})
+    sentences = [
+        f"Suite {name} version {version}, budget {budget} ({size}), {first.task.get('architecture')}",
+        f"data: {first.hashes.get('data', 'unknown')}",
+        "accuracies in percent of all images, with 95 % intervals",
+        "images: " + ", ".join(f"{evaluation} {count}" for evaluation, count in images),
+    ]
+    if kind:
+        sentences.append(f"CA r: certified accuracy at l2 radius r, {kind}; an image counts if its class is right and its ")
+        sentences[-1] += "unrounded radius is at least r"
+    return "; ".join(sentences) + "."
+
+
+def _show(cell: Cell | None) -> str:
+    """A cell as text: value and interval of one seed, mean and deviation of several; never a number where there is none."""
+    if not cell:
+        return HOLE
+    numbers = [metric for _, metric in cell]
+    scale = 100.0 if numbers[0].unit == "fraction" else 1.0
+    digits = 1 if scale == 100.0 else (0 if numbers[0].unit == "draws" else 3)
+    values = [metric.value * scale for metric in numbers]
+    if len(values) > 1:
+        return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+    one = numbers[0]
+    if one.lower is None or one.upper is None:
+        return f"{values[0]:.{digits}f}"
+    return f"{values[0]:.{digits}f} [{one.lower * scale:.{digits}f}, {one.upper * scale:.{digits}f}]"
+
+
+def body(table: Table) -> list[list[str]]:
+    """The rows as text, in the order of the columns."""
+    lines = []
+    for variant, cells in sorted(table.rows.items()):
+        records = [record for cell in cells.values() for record, _ in cell] + table.unfinished.get(variant, [])
+        seeds = ", ".join(map(str, sorted({record.seed for record in records})))
+        lines.append([variant, seeds, *(_show(cells.get(name)) for name in table.columns[2:-1]), _status(records)])
+    return lines
+
+
+def _status(records: Iterable[Record]) -> str:
+    records = list(records)
+    told = {f"{r.eval['name']} {r.status}" for r in records if r.status != "success"}
+    told |= {finding.kind for record in records for finding in record.findings}
+    return "; ".join(sorted(told)) or "ok"
+
+
+def tidy(table: Table) -> list[dict[str, Any]]:
+    """Raw numbers, a row each."""
+    rows = []
+    for variant, cells in sorted(table.rows.items()):
+        for heading, cell in cells.items():
+            for record, metric in cell:
+                common = {"table": table.title, "defense": variant, "seed": record.seed, "column": heading}
+                rows.append({**common, "status": record.status, **metric.model_dump()})
+        for record in table.unfinished.get(variant, []):
+            common = {"table": table.title, "defense": variant, "seed": record.seed, "column": record.eval["name"]}
+            rows.append({**common, "status": record.status, "value": None})
+    return rows
+
+
+def render(table: Table, fmt: str = "text") -> str:
+    """A table as text, Markdown, LaTeX (booktabs), HTML, CSV or JSON; the last two carry raw numbers.
+
+    Raises:
+        ValueError: for another format.
+    """
+    if fmt not in FORMATS:
+        raise ValueError(f"unknown format {fmt!r}; known are {', '.join(FORMATS)}")
+    if fmt == "json":
+        return json.dumps(tidy(table), indent=1, allow_nan=False)
+    if fmt == "csv":
+        import pandas as pd
+
+        return pd.DataFrame(tidy(table)).to_csv(index=False).strip()
+    from tabulate import tabulate
+
+    if fmt == "latex":
+        grid = str(tabulate(body(table), table.columns, tablefmt="latex_booktabs", disable_numparse=True))
+        grid = grid.replace("–", "--").replace("±", r"$\pm$")
+        caption = _latex(table.caption)
+        return f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n{grid}\n\\end{{table}}"
+    if fmt == "html":
+        from html import escape
+
+        grid = str(tabulate(body(table), table.columns, tablefmt="html", disable_numparse=True))
+        return grid.replace("<table>", f"<table>\n<caption>{escape(table.caption)}</caption>", 1)
+    style = {"text": "simple", "md": "github"}[fmt]
+    grid = str(tabulate(body(table), table.columns, tablefmt=style, disable_numparse=True))
+    return f"{grid}\n\n{table.caption}" if fmt == "md" else f"{table.title}\n{grid}\n{table.caption}"
+
+
+def _latex(text: str) -> str:
+    for plain, safe in (("\\", r"\textbackslash{}"), ("&", r"\&"), ("%", r"\%"), ("_", r"\_"), ("#", r"\#"), ("$", r"\$")):
+        text = text.replace(plain, safe)
+    return text.replace("<=", r"$\leq$").replace(">=", r"$\geq$").replace("–", "--")

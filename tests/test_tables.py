@@ -1,0 +1,157 @@
+"""Tables, figures and the page show what is stored, cell by cell, and nothing else."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_store import record
+
+from bench import plots, site, tables
+from bench.store import Metric, Record, Store
+
+
+def attacked(variant: str, value: float, **changes: Any) -> Record:
+    interval = Metric(
+        metric="robust_accuracy", value=value, n=200, lower=value - 0.05, upper=value + 0.05, eps=0.1, denominator="all"
+    )
+    conditional = interval.model_copy(update={"value": 0.99, "denominator": "clean_correct"})
+    return record(
+        defense={"name": "d", "variant": variant, "fields": {}},
+        eval={"name": "pgd", "fields": {"kind": "robust", "attack": "pgd", "norm": "linf", "images": 200}},
+        metrics=[interval, conditional],
+        hashes={"data": "cifar10 parquet (JPEG re-encoding)"},
+        **changes,
+    )
+
+
+def certified(variant: str, values: dict[float, float], estimator: str = "grid", **changes: Any) -> Record:
+    numbers = [
+        Metric(metric="certified_accuracy", value=v, n=100, lower=v / 2, upper=(1 + v) / 2, radius=r) for r, v in values.items()
+    ]
+    fields = {"kind": "certified", "estimator": estimator, "n0": 100, "n": 1000, "alpha": 0.001, "images": 100}
+    return record(
+        defense={"name": "d", "variant": variant, "fields": {}},
+        eval={"name": f"certified_{estimator}", "fields": fields},
+        metrics=numbers,
+        **changes,
+    )
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    made = Store(tmp_path)
+    made.write(attacked("one", 0.5))
+    made.write(attacked("two", 0.4))
+    made.write(attacked("two", 0.6, seed=4))
+    made.write(attacked("broken", 0.1).model_copy(update={"status": "error", "metrics": [], "error": "x\nValueError: no"}))
+    made.write(certified("one", {0.0: 0.9, 0.25: 0.7}))
+    made.write(certified("two", {0.0: 0.8}))
+    return made
+
+
+def cells(table: tables.Table) -> dict[tuple[str, str], str]:
+    return {(row[0], name): cell for row in tables.body(table) for name, cell in zip(table.columns, row)}
+
+
+def test_every_cell_is_the_stored_number(store: Store) -> None:
+    attack, certificate = tables.summaries(store)
+    shown = cells(attack)
+    assert shown["one", "pgd linf 0.1"] == "50.0 [45.0, 55.0]"
+    assert shown["two", "pgd linf 0.1"] == "50.0 ± 14.1"  # mean and deviation over two training seeds
+    assert shown["two", "seeds"] == "3, 4"
+    assert shown["broken", "pgd linf 0.1"] == tables.HOLE
+    assert shown["broken", "status"] == "pgd error"
+    shown = cells(certificate)
+    assert shown["one", "CA 0.25"] == "70.0 [35.0, 85.0]"
+    assert shown["two", "CA 0.25"] == tables.HOLE
+    assert shown["one", "status"] == "ok"
+
+
+def test_captions_name_data_budget_and_estimator(store: Store) -> None:
+    attack, certificate = tables.summaries(store)
+    assert "JPEG re-encoding" in attack.caption and "reduced budget" in attack.caption
+    assert "grid estimator, n0 = 100, n <= 1000, alpha = 0.001" in certificate.caption
+    assert "unrounded radius is at least r" in certificate.caption
+
+
+def test_estimators_budgets_and_versions_never_share_a_table(store: Store) -> None:
+    store.write(certified("one", {0.0: 0.9}, estimator="fixed"))
+    store.write(attacked("one", 0.5, suite={"name": "tiny", "version": 1, "budget": "paper"}))
+    store.write(attacked("three", 0.5, suite={"name": "tiny", "version": 2, "budget": "quick"}))
+    assert len(tables.summaries(store)) == 5
+
+
+def test_formats_carry_the_same_numbers(store: Store) -> None:
+    table = tables.summaries(store, "tiny")[0]
+    raw = json.loads(tables.render(table, "json"))
+    assert {(row["defense"], row["seed"], row["value"]) for row in raw} == {
+        ("one", 3, 0.5), ("two", 3, 0.4), ("two", 4, 0.6), ("broken", 3, None),
+    }  # fmt: skip
+    rows = list(csv.DictReader(io.StringIO(tables.render(table, "csv"))))
+    assert [row["value"] for row in rows if row["defense"] == "one"] == ["0.5"]
+    for fmt in ("text", "md", "latex", "html"):
+        assert "50.0 [45.0, 55.0]" in tables.render(table, fmt)
+    with pytest.raises(ValueError, match="unknown format 'pdf'"):
+        tables.render(table, "pdf")
+
+
+HOSTILE = "<script>alert(1)</script>&_%$"
+
+
+def test_hostile_names_are_escaped(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    hostile = attacked("x", 0.5)
+    path = store.write(hostile)
+    path.write_text(path.read_text().replace('"variant":"x"', '"variant":"x"').replace('"x"', json.dumps(HOSTILE)))
+    table = tables.summaries(store)[0]
+    assert "<script>alert" not in tables.render(table, "html")
+    latex = tables.render(table, "latex")
+    assert r"\&\_\%\$" in latex
+    page = site.write([store], tmp_path / "board").read_text()
+    assert "<script>alert" not in page and "&lt;script&gt;alert" in page
+
+
+def test_the_page_is_self_contained_and_complete(store: Store, tmp_path: Path) -> None:
+    page = site.write([store, Store(tmp_path / "nowhere")], tmp_path / "board").read_text()
+    assert "50.0 [45.0, 55.0]" in page and "ValueError: no" in page
+    assert "bench run --defense one --suite tiny --budget quick --seeds 3 --only pgd" in page
+    assert not re.search(r'(?:src|href)="(?!data:)', page)
+    assert "There are no records yet" in site.write([Store(tmp_path / "nowhere")], tmp_path / "empty").read_text()
+
+
+def test_figures_have_a_line_a_variant_and_a_panel_an_attack(store: Store) -> None:
+    records = [r for r in store.records() if r.status == "success"]
+    figure = plots.certified(records)
+    assert figure is not None
+    (axes,) = figure.axes
+    lines = {str(line.get_label()): list(zip(line.get_xdata(), line.get_ydata())) for line in axes.get_lines()}
+    assert lines == {"one": [(0.0, 90.0), (0.25, 70.0)], "two": [(0.0, 80.0)]}
+    figure = plots.robust(records)
+    assert figure is not None and [axes.get_title() for axes in figure.axes] == ["pgd"]
+    assert plots.certified([]) is None and plots.robust([]) is None
+
+
+def test_training_curves_come_from_the_parts_logs(tmp_path: Path) -> None:
+    parts = tmp_path / "tiny/parts"
+    parts.mkdir(parents=True)
+    log = [{"epoch": e, "loss": 1 / e, "validation_accuracy": 0.5 + e / 10, "lr": 0.1, "seconds": 1.0} for e in (1, 2)]
+    for member, role in enumerate(["teacher", "student", "student"]):
+        note = {"key": str(member), "part": {"fields": {"role": role, "member": member}}, "log": log}
+        (parts / f"{member}.json").write_text(json.dumps(note))
+    figure = plots.training(parts)
+    assert figure is not None
+    assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == ["student (2)", "teacher"]
+    assert len([line for line in figure.axes[0].get_lines() if len(line.get_xdata())]) == 3
+    assert plots.training(tmp_path / "nowhere") is None
+
+
+def test_drawing_writes_pdf_and_png(store: Store, tmp_path: Path) -> None:
+    files = plots.draw(store, "tiny", tmp_path / "out")
+    assert [path.name for path in files] == ["certified.pdf", "certified.png", "robust.pdf", "robust.png"]
+    assert all(path.stat().st_size > 1000 for path in files)
