@@ -32,8 +32,8 @@ def radius(p: ArrayLike, sigma: float) -> Floats:
 
 
 def ceiling(sigma: float, n: int, alpha: float) -> float:
-    """The largest radius that n draws can certify at level alpha: all of them agree (invariant I7)."""
-    return float(radius(alpha ** (1 / n), sigma))
+    """The largest radius that n draws can certify at level alpha: all of them agree (invariant I7); 0 if even then none."""
+    return max(0.0, float(radius(alpha ** (1 / n), sigma)))
 
 
 def two_sided(first: ArrayLike, second: ArrayLike) -> Floats:

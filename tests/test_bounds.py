@@ -138,7 +138,7 @@ def test_the_two_sided_test_is_scipys(a, b):
     "sigma, alpha, n", [(0, 0.001, 9), (-1, 0.001, 9), (float("nan"), 0.001, 9), (1, 0, 9), (1, 0.5, 9), (1, 0.1, 0)]
 )
 def test_a_question_out_of_range_is_refused(sigma, alpha, n):
-    with pytest.raises(ValueError, match=r"sigma > 0, 0 < alpha < 0.5, n >= 1; got sigma="):
+    with pytest.raises(ValueError, match=r"sigma > 0, 0 < alpha < 0.5 and n >= 1; got sigma="):
         Question(sigma, alpha, n)
 
 
@@ -150,7 +150,7 @@ def test_the_fixed_estimator_looks_once():
 
 
 def race(question, p, images, *, stopping=True, seed=0):
-    """Radii, bounds and draws of many images whose class has probability p; the votes are the same with and without stopping."""
+    """Radii, bounds and draws of many images whose class has probability p; stopping or not, the votes are the same."""
     rng, looks = np.random.default_rng(seed), GRID.looks(question)
     steps = rng.binomial(np.diff([0, *looks])[:, None], p, (len(looks), images)).cumsum(0).astype(float)
     bound, draws, going = np.zeros(images), np.zeros(images, int), np.arange(images)

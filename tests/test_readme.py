@@ -34,7 +34,7 @@ COMMANDS = re.findall(r"bench run [^\n`]*", README)
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_run_command_names_things_that_exist(command: str) -> None:
-    words = shlex.split(command.split("`")[0])
+    words = shlex.split(command.split("`", maxsplit=1)[0])
     options = dict(zip(words[2::2], words[3::2]))
     if options["--suite"] != "S":
         suite = load_suite(options["--suite"])
