@@ -82,6 +82,9 @@ def _show(root: Path, suite: str, records: list[Record]) -> None:
     store = Store(root)
     for table in tables.summaries(store, suite):
         print(f"\n{tables.render(table, 'text')}\n")
+    facts = {record.defense["variant"]: record.facts for record in records if record.facts}
+    for variant, known in facts.items():
+        print(f"{variant}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in known.items()))
     for record in records:
         if record.status == "skipped":
             print(f"skipped: {record.defense['variant']} {record.eval['name']}: {record.error}")
@@ -174,7 +177,7 @@ def table(
     if format_ not in tables.FORMATS:
         raise ValueError(f"--format: {unknown(format_, tables.FORMATS)}")
     store = _filled(runs)
-    print("\n\n".join(tables.render(item, format_) for item in tables.summaries(store, suite)))
+    print(tables.render_all(tables.summaries(store, suite), format_))
     for problem in store.problems:
         print(problem, file=sys.stderr)
 

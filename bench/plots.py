@@ -50,9 +50,13 @@ def certified(records: list[Record]) -> Figure | None:
         return None
     figure, (axes,) = _figure(1, records, sorted({certificate(record) for record in records}))
     for variant, style in _styles(records).items():
-        curves = [r for r in records if r.defense["variant"] == variant]
-        points = _points([m for r in curves for m in r.metrics if m.metric == "certified_accuracy"], "radius")
-        _line(axes, points, variant, style)
+        own = [r for r in records if r.defense["variant"] == variant]
+        kinds = sorted({(r.eval["name"], certificate(r)) for r in own})
+        for index, kind in enumerate(kinds):  # estimators are never averaged: each has a line of its own
+            curves = [r for r in own if (r.eval["name"], certificate(r)) == kind]
+            points = _points([m for r in curves for m in r.metrics if m.metric == "certified_accuracy"], "radius")
+            label = f"{variant}, {curves[0].eval['fields']['estimator']}" if len(kinds) > 1 else variant
+            _line(axes, points, label, {**style, "alpha": 1 - 0.4 * index / len(kinds)})
     axes.set(xlabel=r"$\ell_2$ radius (pixels in [0, 1])", ylabel="certified accuracy (%)")
     axes.set_ylim(max(0, axes.get_ylim()[0]), 101)
     axes.set_xlim(left=0)
@@ -143,7 +147,9 @@ def _styles(records: list[Record]) -> dict[str, dict[str, Any]]:
     variants = sorted({record.defense["variant"] for record in records})
     baselines = [v for v in variants if v.partition("@")[0] == "randsmooth"]
     others = [v for v in variants if v not in baselines]
-    styles: dict[str, dict[str, Any]] = {v: {"color": BASELINE, "marker": "o", "linestyle": "--"} for v in baselines}
+    styles: dict[str, dict[str, Any]] = {}
+    for index, variant in enumerate(baselines):
+        styles[variant] = {"color": BASELINE, "marker": MARKERS[index % len(MARKERS)], "linestyle": "--"}
     for index, variant in enumerate(others):
         styles[variant] = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
     return styles

@@ -60,6 +60,7 @@ def _table(records: list[Record]) -> Table:
     rows: dict[str, dict[str, Cell]] = {}
     order: dict[tuple[Any, ...], str] = {}
     unfinished: dict[str, list[Record]] = {}
+    several = len({record.eval["name"] for record in records}) > 1
     for record in records:
         row = rows.setdefault(record.defense["variant"], {})
         if not record.metrics:
@@ -67,7 +68,7 @@ def _table(records: list[Record]) -> Table:
         for metric in record.metrics:
             key = _key(record, metric)
             if key:
-                row.setdefault(order.setdefault(key, _heading(key)), []).append((record, metric))
+                row.setdefault(order.setdefault(key, _heading(key, several)), []).append((record, metric))
     title = f"{name}, {budget}: " + ("certified accuracy" if kind else "accuracy under attack")
     columns = ["defense", "seeds", *(order[key] for key in sorted(order)), "status"]
     return Table(title, _caption(records, kind), columns, rows, unfinished)
@@ -81,21 +82,23 @@ def _key(record: Record, metric: Metric) -> tuple[Any, ...]:
     """Sort key of a number's column, () if the summary leaves it out."""
     fields, rank = record.eval["fields"], _rank(record)
     if metric.metric == "clean_accuracy":
-        return (rank, "clean", 0.0)
+        return (rank, "", "clean", 0.0)
     if metric.metric == "robust_accuracy" and metric.denominator == "all":
-        return (rank, f"{record.eval['name']} {fields.get('norm', '')}", metric.eps)
+        return (rank, "", f"{record.eval['name']} {fields.get('norm', '')}", metric.eps)
     if metric.metric == "certified_accuracy":
-        return (rank, "CA", metric.radius)
+        return (rank, record.eval["name"], "CA", metric.radius)
     if metric.metric == "acr":
-        return (rank, "acr", 0.0)
+        return (rank, record.eval["name"], "acr", 0.0)
     if metric.metric == "draws_per_image":
-        return (rank, "draws", 0.0)
+        return (rank, record.eval["name"], "draws", 0.0)
     return ()
 
 
-def _heading(key: tuple[Any, ...]) -> str:
-    _, name, value = key
-    return name if name in ("clean", "acr", "draws") else f"{name} {value:g}"
+def _heading(key: tuple[Any, ...], several: bool) -> str:
+    """Text of a column; a certificate's evaluation is named where a table holds several."""
+    _, evaluation, name, value = key
+    text = name if name in ("clean", "acr", "draws") else f"{name} {value:g}"
+    return f"{evaluation} {text}" if evaluation and several else text
 
 
 def _caption(records: list[Record], kind: str) -> str:
@@ -105,8 +108,8 @@ def _caption(records: list[Record], kind: str) -> str:
     images = sorted({(r.eval["name"], r.eval["fields"]["images"]) for r in records if "images" in r.eval["fields"]})
     sentences = [
         f"Suite {name} version {version}, budget {budget} ({size}), {first.task.get('architecture')}",
-        f"data: {first.hashes.get('data', 'unknown')}",
-        "accuracies in percent of all images, with 95 % intervals",
+        "data: " + ", ".join(sorted({record.hashes.get("data", "unknown") for record in records})),
+        "accuracies in percent of all images: one seed with its 95 % interval, or mean ± deviation over training seeds",
         "images: " + ", ".join(f"{evaluation} {count}" for evaluation, count in images),
     ]
     if kind:
@@ -124,7 +127,7 @@ def _show(cell: Cell | None) -> str:
     digits = 1 if scale == 100.0 else (0 if numbers[0].unit == "draws" else 3)
     values = [metric.value * scale for metric in numbers]
     if len(values) > 1:
-        return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+        return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f} ({len(values)} seeds)"
     one = numbers[0]
     if one.lower is None or one.upper is None:
         return f"{values[0]:.{digits}f}"
@@ -146,6 +149,25 @@ def _status(records: Iterable[Record]) -> str:
     told = {f"{r.eval['name']} {r.status}" for r in records if r.status != "success"}
     told |= {finding.kind for record in records for finding in record.findings}
     return "; ".join(sorted(told)) or "ok"
+
+
+def render_all(tables: list[Table], fmt: str = "text") -> str:
+    """Several tables as one text that its format can hold: JSON and CSV put all rows into one list.
+
+    Raises:
+        ValueError: for an unknown format.
+    """
+    if fmt in ("json", "csv"):
+        return _raw([row for table in tables for row in tidy(table)], fmt)
+    return "\n\n".join(render(table, fmt) for table in tables)
+
+
+def _raw(rows: list[dict[str, Any]], fmt: str) -> str:
+    if fmt == "json":
+        return json.dumps(rows, indent=1, allow_nan=False)
+    import pandas as pd
+
+    return pd.DataFrame(rows).to_csv(index=False).strip()
 
 
 def tidy(table: Table) -> list[dict[str, Any]]:
@@ -170,12 +192,8 @@ def render(table: Table, fmt: str = "text") -> str:
     """
     if fmt not in FORMATS:
         raise ValueError(f"unknown format {fmt!r}; known are {', '.join(FORMATS)}")
-    if fmt == "json":
-        return json.dumps(tidy(table), indent=1, allow_nan=False)
-    if fmt == "csv":
-        import pandas as pd
-
-        return pd.DataFrame(tidy(table)).to_csv(index=False).strip()
+    if fmt in ("json", "csv"):
+        return _raw(tidy(table), fmt)
     from tabulate import tabulate
 
     if fmt == "latex":
@@ -189,7 +207,8 @@ def render(table: Table, fmt: str = "text") -> str:
         grid = str(tabulate(body(table), table.columns, tablefmt="html", disable_numparse=True))
         return grid.replace("<table>", f"<table>\n<caption>{escape(table.caption)}</caption>", 1)
     style = {"text": "simple", "md": "github"}[fmt]
-    grid = str(tabulate(body(table), table.columns, tablefmt=style, disable_numparse=True))
+    cells = [[cell.replace("|", r"\|") for cell in row] for row in body(table)] if fmt == "md" else body(table)
+    grid = str(tabulate(cells, table.columns, tablefmt=style, disable_numparse=True))
     return f"{grid}\n\n{table.caption}" if fmt == "md" else f"{table.title}\n{grid}\n{table.caption}"
 
 

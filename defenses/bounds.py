@@ -38,8 +38,8 @@ def ceiling(sigma: float, n: int, alpha: float) -> float:
 
 def two_sided(first: ArrayLike, second: ArrayLike) -> Floats:
     """p-value of the exact two-sided binomial test that two counts, first >= second, have equal probability."""
-    first, total = np.asarray(first, float), np.asarray(first, float) + np.asarray(second, float)
-    tail = special.bdtrc(first - 1, total, 0.5)
+    first, second = np.asarray(first, float), np.asarray(second, float)
+    tail = special.betainc(np.maximum(first, 1), second + 1, 0.5)  # P(Bin(first + second, 1/2) >= first)
     return np.where(first <= 0, 1.0, np.minimum(1.0, 2 * tail))
 
 

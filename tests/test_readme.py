@@ -24,7 +24,7 @@ def test_it_is_short_and_names_no_machine() -> None:
 
 def test_its_table_is_the_committed_records() -> None:
     shown = README.partition("<!-- table begin -->\n")[2].partition("<!-- table end -->")[0]
-    made = "\n\n".join(tables.render(t, "md") for t in tables.summaries(Store(ROOT / "leaderboards/results"), "mnist"))
+    made = tables.render_all(tables.summaries(Store(ROOT / "leaderboards/results"), "mnist"), "md")
     assert shown.strip() == made.strip()
     assert "cear_rw" in shown
 

@@ -63,7 +63,7 @@ def test_every_cell_is_the_stored_number(store: Store) -> None:
     attack, certificate = tables.summaries(store)
     shown = cells(attack)
     assert shown["one", "pgd linf 0.1"] == "50.0 [45.0, 55.0]"
-    assert shown["two", "pgd linf 0.1"] == "50.0 ± 14.1"  # mean and deviation over two training seeds
+    assert shown["two", "pgd linf 0.1"] == "50.0 ± 14.1 (2 seeds)"  # mean and deviation over two training seeds
     assert shown["two", "seeds"] == "3, 4"
     assert shown["broken", "pgd linf 0.1"] == tables.HOLE
     assert shown["broken", "status"] == "pgd error"
@@ -85,6 +85,20 @@ def test_estimators_budgets_and_versions_never_share_a_table(store: Store) -> No
     store.write(attacked("one", 0.5, suite={"name": "tiny", "version": 1, "budget": "paper"}))
     store.write(attacked("three", 0.5, suite={"name": "tiny", "version": 2, "budget": "quick"}))
     assert len(tables.summaries(store)) == 5
+    figure = plots.certified([r for r in store.records() if r.eval["name"].startswith("certified")])
+    assert figure is not None and len(figure.axes[0].get_lines()) == 3
+
+
+def test_two_certified_evaluations_of_one_kind_keep_their_columns(store: Store) -> None:
+    other = certified("one", {0.0: 0.5})
+    store.write(other.model_copy(update={"eval": {**other.eval, "name": "again"}}))
+    shown = cells(tables.summaries(store)[1])
+    assert shown["one", "again CA 0"].startswith("50.0") and shown["one", "certified_grid CA 0"].startswith("90.0")
+
+
+def test_several_tables_make_one_valid_json(store: Store) -> None:
+    rows = json.loads(tables.render_all(tables.summaries(store), "json"))
+    assert {row["table"] for row in rows} == {"tiny, quick: accuracy under attack", "tiny, quick: certified accuracy"}
 
 
 def test_formats_carry_the_same_numbers(store: Store) -> None:

@@ -78,7 +78,7 @@ def test_batchnorm_statistics_continue_too() -> None:
 
 def test_training_lowers_the_loss_and_reports_every_epoch() -> None:
     one, bench = task(), Bench()
-    part(one, optimizer="adam", epochs=12).make(one, [], bench)
+    part(one, optimizer="adam", epochs=30).make(one, [], bench)
     assert bench.reports[-1]["loss"] < 0.5 * bench.reports[0]["loss"]
     assert {"epoch", "lr", "ce", "loss", "validation_accuracy", "seconds"} <= bench.reports[0].keys()
 
