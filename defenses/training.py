@@ -133,7 +133,8 @@ def _epoch(
     steps = [rows for rows in order.split(recipe.batch) if len(rows) > 1]
     sums: dict[str, Tensor] = {}
     for rows in steps:
-        x = augment(images.floats(rows), recipe.augment, gen)
+        # Cropped as bytes, a quarter of the memory traffic of floats, and the same numbers.
+        x = augment(images.pixels[rows], recipe.augment, gen).float().div_(255)
         parts = part.loss(net, Batch(x, images.labels[rows], gen), needs)
         total = torch.stack(list(parts.values())).sum()
         optimizer.zero_grad(set_to_none=True)
@@ -145,7 +146,7 @@ def _epoch(
 
 
 def augment(x: Tensor, kind: str, gen: torch.Generator) -> Tensor:
-    """Augment images (n c h w) on their device: "none", or "crop_flip": zero-pad by 4, random crop, horizontal flip.
+    """Augment images (n c h w), bytes or floats, on their device: "none", or "crop_flip": zero-pad by 4, random crop, horizontal flip.
 
     Raises:
         ValueError: for another kind.

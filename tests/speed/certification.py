@@ -14,6 +14,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -88,12 +89,11 @@ def main() -> None:
         x = torch.rand(1, *SHAPES[architecture], generator=generator(2)).to(device)
         for name, model in models(architecture, device).items():
             works: dict[str, Callable[[], object]] = {
-                f"published loop, batch {size}": lambda size=size: published(model, x[0], 0.25, draws, size)
-                for size in (1000, 400, 100)
+                f"published loop, batch {size}": partial(published, model, x[0], 0.25, draws, size) for size in (1000, 400, 100)
             }
             for numerics in NUMERICS:
                 base = voter(model, numerics, batch=100)
-                works[f"certify, {numerics}"] = lambda base=base: certify(base, x, 0.25, n0=100, n=draws - 100)
+                works[f"certify, {numerics}"] = partial(certify, base, x, 0.25, n0=100, n=draws - 100)
             noisy = x.expand(100, *x.shape[1:]).contiguous()
 
             def forward(model: Classifier = model, noisy: torch.Tensor = noisy) -> None:

@@ -39,7 +39,7 @@ def main() -> None:
     def resident() -> None:
         gen = generator(1)
         for rows in torch.randperm(len(images), generator=gen).split(128):
-            augment(images.floats(rows), "crop_flip", gen)
+            augment(images.pixels[rows], "crop_flip", gen).float().div_(255)
 
     works: dict[str, Callable[[], None]] = {"per image": by_image, "resident": resident}
     times: dict[str, list[float]] = {name: [] for name in works}
