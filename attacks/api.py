@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ def _no_nan(answers: Tensor) -> Tensor:
 
 def mean_log_softmax(logits: Tensor) -> Tensor:
     """log of the mean softmax over the first axis, in log space: (m n k) -> (n k)."""
-    return logits.log_softmax(-1).logsumexp(0) - torch.tensor(float(len(logits))).log().item()
+    return logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))
 
 
 def decide(model: Model, x: Tensor, streams: Streams | None = None) -> Tensor:
