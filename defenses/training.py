@@ -146,7 +146,7 @@ def _epoch(
 
 
 def augment(x: Tensor, kind: str, gen: torch.Generator) -> Tensor:
-    """Augment images (n c h w), bytes or floats, on their device: "none", or "crop_flip": zero-pad by 4, random crop, horizontal flip.
+    """Augment images (n c h w), bytes or floats, on their device: "none", or "crop_flip" (zero-pad by 4, random crop, flip).
 
     Raises:
         ValueError: for another kind.

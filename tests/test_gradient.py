@@ -244,7 +244,9 @@ def test_two_classes_break_just_beyond_the_least_perturbation(kind, loss, norm):
 @pytest.mark.parametrize("kind", [Fgsm, Bim, Mim, Pgd])
 def test_many_classes_break_just_beyond_the_least_perturbation(kind, classes, norm):
     model, x, y = problem(norm, classes, disjoint_weights(classes))
-    assert broken(kind(norm=norm, eps=1.05 * 0.02, loss="margin"), model, x, y).all()
+    # A random start may climb towards a farther class, a local maximum; enough restarts leave none standing.
+    options = {"restarts": 30} if kind is Pgd else {}
+    assert broken(kind(norm=norm, eps=1.05 * 0.02, loss="margin", **options), model, x, y).all()
     assert not broken(kind(norm=norm, eps=0.95 * 0.02, loss="margin"), model, x, y).any()
 
 
@@ -254,7 +256,8 @@ def test_many_classes_break_just_beyond_the_least_perturbation(kind, classes, no
 def test_in_linf_other_losses_do_as_well_where_classes_share_no_pixels(kind, loss, classes):
     # Their gradients also move third classes, on pixels of their own: in linf that costs nothing, in l2 it would cost radius.
     model, x, y = problem("linf", classes, disjoint_weights(classes))
-    assert broken(kind(norm="linf", eps=1.05 * 0.02, loss=loss), model, x, y).all()
+    options = {"restarts": 30} if kind is Pgd else {}
+    assert broken(kind(norm="linf", eps=1.05 * 0.02, loss=loss, **options), model, x, y).all()
     assert not broken(kind(norm="linf", eps=0.95 * 0.02, loss=loss), model, x, y).any()
 
 
