@@ -222,7 +222,7 @@ def doctor(data: Data = None, runs: Runs = Path("runs")) -> None:
 
     checks = environment.doctor(data, runs)
     for name, well, detail in checks:
-        print(f"{'ok  ' if well else 'BAD '} {name:18}{detail}")
+        print(f"{'ok  ' if well else 'BAD '} {name:20} {detail}")
     if not all(well for _, well, _ in checks):
         raise typer.Exit(FAILED)
 

@@ -279,9 +279,11 @@ def _same_model(one: Job, other: Job) -> bool:
 
 
 def _json(value: Any) -> Any:
-    """Tuples as lists, so that a record read back equals the one written."""
+    """Tuples as lists, so that a record read back equals the one written; functions by name, which no restart changes."""
     if isinstance(value, dict):
         return {key: _json(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [_json(item) for item in value]
+    if callable(value):
+        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
     return value if isinstance(value, int | float | str | bool | type(None)) else repr(value)

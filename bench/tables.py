@@ -215,4 +215,4 @@ def render(table: Table, fmt: str = "text") -> str:
 def _latex(text: str) -> str:
     for plain, safe in (("\\", r"\textbackslash{}"), ("&", r"\&"), ("%", r"\%"), ("_", r"\_"), ("#", r"\#"), ("$", r"\$")):
         text = text.replace(plain, safe)
-    return text.replace("<=", r"$\leq$").replace(">=", r"$\geq$").replace("–", "--")
+    return text.replace("<=", r"$\leq$").replace(">=", r"$\geq$").replace("–", "--").replace("±", r"$\pm$")

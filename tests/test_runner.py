@@ -223,3 +223,19 @@ def test_no_certificate_passes_its_ceiling(tiny: Path) -> None:
     rows = Store(tiny.parent / "runs").rows(record)
     assert rows.radius.max() <= ceiling(0.25, 200, 0.9 * 0.001)
     assert all(m.radius <= ceiling(0.25, 200, 0.9 * 0.001) for m in record.metrics if m.radius is not None)
+
+
+def test_a_pretrained_model_of_the_user_runs_and_its_record_is_found_again(tiny: Path) -> None:
+    mine = tiny.parent / "mine.py"
+    mine.write_text(
+        "import torch\n"
+        "from defenses.api import Pretrained\n"
+        "def load_model():\n"
+        "    torch.manual_seed(0)\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))\n"
+        "mine = Pretrained(load=load_model)\n"
+    )
+    first = Run(request(tiny, defense=str(mine), only=("clean", "pgd"))).execute()
+    assert [r.status for r in first] == ["success", "success"]
+    again = Run(request(tiny, defense=str(mine), only=("clean", "pgd")))
+    assert again.missing() == [] and again.execute() == first
