@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# Small networks gain nothing from threads, and a child forked after OpenMP has started some would wait for them for ever.
+torch.set_num_threads(1)
+
 TINY = """
 name = "tiny"
 version = 1
