@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -41,9 +42,13 @@ def run(  # noqa: PLR0913, PLR0917 (every option of the contract)
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be done")] = False,
 ) -> None:
     """Train what is missing, evaluate what is missing, store every record, draw the plots."""
+    import torch
+
     from bench.progress import Progress
     from bench.runner import Request, Run
 
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # small networks gain little from threads, and lose tenfold where the cores are busy
     request = Request(
         defense=defense,
         suite=suite,
