@@ -200,7 +200,9 @@ class Pgd(Attack):
             raise ValueError(f"steps and restarts must be at least 1, got {self.steps} and {self.restarts}")
         if self.start not in STARTS:
             raise ValueError(f"unknown start {self.start!r}; known are {', '.join(STARTS)}")
-        step_size(self.step, self.eps, self.steps)
+        step = step_size(self.step, self.eps, self.steps)
+        if not step > 0 or (self.start == "signs" and step > self.eps):
+            raise ValueError(f"step must be positive, and at most eps after a start by signs, got {step} at eps {self.eps}")
 
     def walk(self) -> Walk:
         """The geometry of one restart."""

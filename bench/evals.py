@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
-import torch
 from pydantic import BeforeValidator, Field
 
 from attacks import ATTACKS, Attack, Eot, Streams
@@ -315,8 +314,3 @@ class Certified(Base):
 
 Evaluation = Annotated[Clean | Robust | Certified, Field(discriminator="kind")]
 KINDS = ("clean", "robust", "certified")
-
-
-def streams_name(images: Images) -> str:
-    """Name of the generator family that an evaluation of these images uses."""
-    return f"torch-{torch.device(images.pixels.device).type}"

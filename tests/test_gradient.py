@@ -363,3 +363,9 @@ def test_a_larger_radius_never_leaves_bim_weaker_on_a_linear_model():
 def test_suites_find_the_attacks_by_name():
     names = {"fgsm": Fgsm, "r_fgsm": RFgsm, "bim": Bim, "pgd": Pgd, "mim": Mim}
     assert {name: ATTACKS[name] for name in names} == names
+
+
+@pytest.mark.parametrize("options", [{"step": 0}, {"step": -0.1}, {"step": 0.5, "start": "signs"}])
+def test_a_step_that_goes_nowhere_or_too_far_is_refused(options):
+    with pytest.raises(ValueError, match="step must be positive"):
+        Pgd(norm="linf", eps=0.1, **options)
