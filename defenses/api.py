@@ -13,8 +13,23 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from attacks.api import ContractError
+
 Weights = dict[str, Tensor]
 """What a part is: named tensors, a network's state or a few numbers."""
+
+
+def decided(logits: Tensor) -> Tensor:
+    """argmax over classes.
+
+    Raises:
+        ContractError: for NaN, whose argmax is an arbitrary class that could even be certified.
+    """
+    if logits.isnan().any():
+        raise ContractError(
+            f"the model returned NaN, in {int(logits.isnan().any(-1).sum())} of {logits[..., 0].numel()} answers"
+        )
+    return logits.argmax(-1)
 
 
 class Classifier(nn.Module):
@@ -33,7 +48,7 @@ class Classifier(nn.Module):
 
     def predict(self, x: Tensor) -> Tensor:
         """Labels (n) for images (n c h w)."""
-        return self(x).argmax(-1)
+        return decided(self(x))
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class Weighted(Rule):
 
     def set(self, weights: Tensor) -> None:
         """Use these weights (m)."""
-        if weights.shape != self.weights.shape or (weights < 0).any() or abs(weights.sum().item() - 1) > 1e-5:
+        if weights.shape != self.weights.shape or not (weights >= 0).all() or not abs(weights.sum().item() - 1) <= 1e-5:
             raise ValueError(f"weights must be {len(self.weights)} non-negative numbers of sum 1, got {weights.tolist()}")
         self.weights.copy_(weights)
 

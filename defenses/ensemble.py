@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from defenses.api import Classifier
+from defenses.api import Classifier, decided
 from defenses.combine import Rule
 
 
@@ -31,4 +31,6 @@ class Ensemble(Classifier):
         return self.rule(self.member_logits(x))
 
     def predict(self, x: Tensor) -> Tensor:
-        return self.rule.decide(self.member_logits(x))
+        logits = self.member_logits(x)
+        decided(logits)  # a NaN of one member must not vanish in the vote
+        return self.rule.decide(logits)

@@ -109,7 +109,9 @@ def certify(  # noqa: PLR0913 (a public contract; everything after sigma has a d
         raise ValueError(f"unknown estimator {estimator!r}; known are {', '.join(ESTIMATORS)}")
     if estimator == "grid" and not radii:
         raise ValueError("the grid estimator needs radii")
-    if list(radii) != sorted(set(radii)) or any(r < 0 for r in radii):
+    if n0 < 1 or batch < 1:
+        raise ValueError(f"certification needs n0 >= 1 and batch >= 1, got n0={n0}, batch={batch}")
+    if list(radii) != sorted(set(radii)) or not all(r >= 0 for r in radii):
         raise ValueError(f"radii must be non-negative and increasing, got {radii}")
     question, rule = Question(sigma, alpha, n, tuple(radii)), ESTIMATORS[estimator]
     streams = _streams(streams, x)
@@ -161,6 +163,8 @@ def ballots(  # noqa: PLR0913 (the certification loop's inner call)
         image rows (p), labels (p, draws): blocks of many images are packed into one forward pass where ``batch`` allows; a
         block larger than ``batch`` is voted on in pieces.
     """
+    if isinstance(base, Classifier) and any(module.training for module in base.modules()):
+        raise ValueError("the base classifier is in training mode: call eval() before it votes")
     vote = base.predict if isinstance(base, Classifier) else base
     ask = Oracle(vote)
     first, last = span

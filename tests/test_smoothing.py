@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from attacks.api import ContractError
 from attacks.streams import Streams, generator
 from defenses.api import Classifier, Images, Recipe, Task
 from defenses.bounds import ceiling, lower
@@ -36,7 +37,7 @@ def halfspace(n: int, dimension: int, sigma: float, seed: int = 0) -> tuple[Half
     gen = generator(seed, "halfspace", dimension)
     w = torch.randn(dimension, generator=gen)
     centre = torch.full((dimension,), 0.5)
-    base = Halfspace(w, float(w @ centre))
+    base = Halfspace(w, float(w @ centre)).eval()
     distance = sigma * (0.8 + 1.5 * torch.rand(n, generator=gen))
     side = torch.randint(0, 2, (n, 1), generator=gen) * 2 - 1
     x = centre + side * distance.unsqueeze(1) * w / w.norm()
@@ -111,17 +112,17 @@ def coins(p: list[float], sigma: float = 1.0) -> Tensor:
 
 
 def test_predict_returns_a_class_only_where_the_lead_is_significant() -> None:
-    smoothed = Smoothed(Coin(), 1.0)
+    smoothed = Smoothed(Coin().eval(), 1.0)
     assert smoothed.predict(coins([0.9, 0.1, 0.5]), n=1000).tolist() == [1, 0, -1]
 
 
 def test_a_fair_coin_is_an_abstention_of_radius_zero() -> None:
-    found = certify(Coin(), coins([0.5]), 1.0, n=1000)
+    found = certify(Coin().eval(), coins([0.5]), 1.0, n=1000)
     assert (found.label.item(), found.radius.item()) == (-1, 0.0)
 
 
 def test_the_radius_is_the_bound_of_the_count() -> None:
-    found = certify(Coin(), coins([0.8, 0.95]), 0.25, n=1000)
+    found = certify(Coin().eval(), coins([0.8, 0.95]), 0.25, n=1000)
     expected = 0.25 * stats.norm.ppf(lower(found.count.numpy(), 1000, 0.001))
     np.testing.assert_allclose(found.radius.numpy(), expected)
     assert found.radius.dtype == torch.float64
@@ -141,9 +142,9 @@ def test_selection_and_estimation_use_different_noise() -> None:
 
 def test_more_draws_extend_fewer() -> None:
     x, streams = coins([0.7]), Streams(1, ids=[9])
-    few = count_votes(Coin(), x, 1.0, 250, streams)
-    seen = [labels for _, labels in ballots(Coin(), x, 1.0, streams, rows=[0], span=(250, 730), batch=100)]
-    many = count_votes(Coin(), x, 1.0, 730, streams)
+    few = count_votes(Coin().eval(), x, 1.0, 250, streams)
+    seen = [labels for _, labels in ballots(Coin().eval(), x, 1.0, streams, rows=[0], span=(250, 730), batch=100)]
+    many = count_votes(Coin().eval(), x, 1.0, 730, streams)
     assert int(many[0, 1]) == int(few[0, 1]) + int(torch.cat(seen, 1).sum())
     assert sum(labels.shape[1] for labels in seen) == 480
 
@@ -201,9 +202,9 @@ def test_the_soft_score_is_the_mean_softmax_of_its_draws() -> None:
 )
 def test_a_wrong_question_is_refused(options: dict, message: str) -> None:  # type: ignore[type-arg]
     with pytest.raises(ValueError, match=message):
-        certify(Coin(), coins([0.9]), 1.0, **options)
+        certify(Coin().eval(), coins([0.9]), 1.0, **options)
     with pytest.raises(ValueError, match="sigma > 0"):
-        certify(Coin(), coins([0.9]), 0.0)
+        certify(Coin().eval(), coins([0.9]), 0.0)
 
 
 def test_an_ensemble_has_one_vote_a_draw_not_one_a_member() -> None:
@@ -213,3 +214,34 @@ def test_an_ensemble_has_one_vote_a_draw_not_one_a_member() -> None:
     copies = Ensemble([single] * 3, GeometricMedian()).eval()
     one, three = certify(single, x[:3], 0.5, n=1000), certify(copies, x[:3], 0.5, n=1000)
     assert torch.equal(one.count, three.count) and torch.equal(one.radius, three.radius)
+
+
+@pytest.mark.parametrize(("options", "message"), [({"n0": 0}, "n0 >= 1"), ({"batch": 0}, "batch >= 1")])
+def test_nothing_to_select_from_is_refused(options: dict, message: str) -> None:  # type: ignore[type-arg]
+    with pytest.raises(ValueError, match=message):
+        certify(Coin().eval(), coins([0.9]), 1.0, **options)
+
+
+def test_a_radius_that_is_no_number_is_refused() -> None:
+    with pytest.raises(ValueError, match="non-negative and increasing"):
+        certify(Coin().eval(), coins([0.9]), 1.0, radii=(float("nan"),))
+
+
+def test_a_base_in_training_mode_is_refused() -> None:
+    base, x = small()
+    with pytest.raises(ValueError, match="training mode"):
+        certify(base.train(), x, 0.5, n=100)
+
+
+class Broken(Classifier):
+    """A model whose logits are NaN."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.full((len(x), 10), torch.nan)
+
+
+def test_nan_is_never_certified_alone_or_in_an_ensemble() -> None:
+    base, x = small()
+    for model in (Broken().eval(), Ensemble([base.members[0], Broken()], GeometricMedian()).eval()):
+        with pytest.raises(ContractError, match="NaN"):
+            certify(model, x[:2], 0.5, n=100)
