@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
@@ -118,6 +118,7 @@ class Recipe:
         decay_at: shares of the epochs after which the rate is multiplied by ``decay``; shares, so that a shorter budget
             keeps the schedule's shape.
         augment: "none" or "crop_flip" (pad by 4, random crop, horizontal flip).
+        label_smoothing: share of the target that cross-entropy on hard labels spreads evenly over all classes.
     """
 
     epochs: int
@@ -130,6 +131,7 @@ class Recipe:
     decay_at: tuple[float, ...] = ()
     decay: float = 0.1
     augment: str = "none"
+    label_smoothing: float = 0.0
 
     def rate(self, epoch: int) -> float:
         """Learning rate of an epoch, counted from 0."""
@@ -138,7 +140,12 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Task:
-    """What a defense is fitted to: data, normalisation, network and recipe. The suite and its budget decide them."""
+    """What a defense is fitted to: data, normalisation, network and recipe. The suite and its budget decide them.
+
+    Attributes:
+        recipe: training of every network whose role has none of its own.
+        roles: recipes by the role of the part, e.g. "teacher", where a protocol trains its networks differently.
+    """
 
     dataset: str
     train: Images
@@ -148,6 +155,11 @@ class Task:
     std: tuple[float, ...]
     architecture: str
     recipe: Recipe
+    roles: Mapping[str, Recipe] = field(default_factory=dict)
+
+    def recipe_for(self, role: str) -> Recipe:
+        """How the networks of a role are trained."""
+        return self.roles.get(role, self.recipe)
 
     @property
     def shape(self) -> tuple[int, int, int]:

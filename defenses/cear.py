@@ -124,7 +124,7 @@ class Cear(Defense):
 
     def student(self, task: Task, seed: int, member: int) -> Trained:
         """Student number ``member``: its own noise and temperature, the common teacher."""
-        teacher = Trained(role="teacher", seed=seed, architecture=task.architecture, recipe=task.recipe)
+        teacher = Trained(role="teacher", seed=seed, architecture=task.architecture, recipe=task.recipe_for("teacher"))
         loss = Distillation(self.student_sigma(seed, member), self.temperatures[member % len(self.temperatures)])
         return Trained(
             role="student",
@@ -132,7 +132,7 @@ class Cear(Defense):
             member=member,
             needs=(teacher,),
             architecture=task.architecture,
-            recipe=task.recipe,
+            recipe=task.recipe_for("student"),
             loss=loss,
         )
 

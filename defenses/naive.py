@@ -21,8 +21,9 @@ class Naive(Defense):
         return Ensemble([network(task) for _ in range(self.members)], Mean()).to(task.device).eval()
 
     def fit(self, model: Classifier, task: Task, parts: Parts, seed: int) -> None:
+        recipe = task.recipe_for("plain")
         for member, net in enumerate(model.members):
-            part = Trained(role="plain", seed=seed, member=member, architecture=task.architecture, recipe=task.recipe)
+            part = Trained(role="plain", seed=seed, member=member, architecture=task.architecture, recipe=recipe)
             net.load_state_dict(parts.get(part))
 
 

@@ -28,8 +28,10 @@ class RandSmooth(Defense):
 
 def gaussian(task: Task, seed: int, member: int, sigma: float) -> Trained:
     """A network trained on Gaussian noise; member 0 is RandSmooth, further ones belong to smoothed ensembles."""
-    loss = CrossEntropy(sigma=sigma)
-    return Trained(role="gaussian", seed=seed, member=member, architecture=task.architecture, recipe=task.recipe, loss=loss)
+    recipe = task.recipe_for("gaussian")
+    return Trained(
+        role="gaussian", seed=seed, member=member, architecture=task.architecture, recipe=recipe, loss=CrossEntropy(sigma)
+    )
 
 
 randsmooth = RandSmooth()

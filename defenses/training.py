@@ -23,11 +23,13 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Batch:
-    """What a loss sees: augmented images (n c h w) in [0,1], labels (n), and the generator for its own noise."""
+    """What a loss sees: augmented images (n c h w) in [0,1], labels (n), the generator for its own noise, and how much of a
+    hard label is spread over all classes."""
 
     x: Tensor
     y: Tensor
     gen: torch.Generator
+    label_smoothing: float = 0.0
 
     def noise(self) -> Tensor:
         """Standard normal numbers of the images' shape."""
@@ -49,7 +51,7 @@ class CrossEntropy:
 
     def __call__(self, net: Network, batch: Batch, needs: Sequence[Network]) -> dict[str, Tensor]:
         x = batch.x + self.sigma * batch.noise() if self.sigma else batch.x
-        return {"ce": F.cross_entropy(net(x), batch.y)}
+        return {"ce": F.cross_entropy(net(x), batch.y, label_smoothing=batch.label_smoothing)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +137,7 @@ def _epoch(
     for rows in steps:
         # Cropped as bytes, a quarter of the memory traffic of floats, and the same numbers.
         x = augment(images.pixels[rows], recipe.augment, gen).float().div_(255)
-        parts = part.loss(net, Batch(x, images.labels[rows], gen), needs)
+        parts = part.loss(net, Batch(x, images.labels[rows], gen, recipe.label_smoothing), needs)
         total = torch.stack(list(parts.values())).sum()
         optimizer.zero_grad(set_to_none=True)
         total.backward()
