@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,3 +55,22 @@ def whole_set_bound(accuracy: float, n: int, alpha: float, rho: float | None = N
     rho = alpha if rho is None else rho
     slack = alpha + math.sqrt(2 * alpha * (1 - alpha) * math.log(1 / rho) / n) + math.log(1 / rho) / (3 * n)
     return max(0.0, accuracy - slack)
+
+
+def variance_ratio(k: float, correlation: float) -> float:
+    """Variance of the mean of k equally correlated variables, as a share of one's (Horvath et al. 2022)."""
+    return (1 + correlation * (k - 1)) / k
+
+
+def fit_correlation(ratios: Sequence[float]) -> float:
+    """The zeta whose :func:`variance_ratio` comes closest, in least squares, to ratios measured at k = 1, 2, ...
+
+    Raises:
+        ValueError: for fewer than two ratios.
+    """
+    if len(ratios) < 2:
+        raise ValueError("a correlation needs the ratios of k = 1 and k = 2 at least")
+    k = np.arange(1, len(ratios) + 1)
+    # The model is linear in zeta: ratio - 1/k = zeta (1 - 1/k).
+    slope, rest = 1 - 1 / k, np.asarray(ratios, float) - 1 / k
+    return float(slope @ rest / (slope @ slope))

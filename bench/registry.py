@@ -96,7 +96,7 @@ def resolve(spec: str, sweep: dict[str, tuple[float, ...]], every: Sequence[str]
     """Variants for what a user typed: "a,b", "all", "name@field=value,...", "./mine.py" or "./mine.py:name".
 
     Args:
-        spec: names separated by commas; a comma followed by field=value continues a variant.
+        spec: names separated by commas; a comma followed by field=value continues a variant; "+" joins several values.
         sweep: fields to run through for defenses that have them, unless the variant fixes them.
         every: what "all" stands for; every registered name by default.
 
@@ -151,6 +151,8 @@ def _changes(name: str, defense: Defense, fixed: dict[str, str]) -> dict[str, An
 def _typed(place: str, text: str, like: Any) -> Any:
     """The value that a text means for a field whose value now is ``like``."""
     kind = type(like)
+    if kind is tuple:
+        return tuple(_typed(place, item, like[0] if like else "") for item in text.split("+"))
     if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
     if kind in (int, float, str):
@@ -167,5 +169,6 @@ def _variant(name: str, defense: Defense, changes: dict[str, Any], module: str) 
         changed = replace(defense, **real)
     except ValueError as error:
         raise RegistryError(f"{name}: {error}") from error
-    label = name + ("@" + ",".join(f"{field}={value}" for field, value in sorted(real.items())) if real else "")
+    texts = {field: "+".join(map(str, value)) if isinstance(value, tuple) else value for field, value in real.items()}
+    label = name + ("@" + ",".join(f"{field}={text}" for field, text in sorted(texts.items())) if texts else "")
     return Variant(name, label, changed, module)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import sys
 import time
 import traceback
@@ -18,9 +17,9 @@ import torch
 
 from bench import data, environment
 from bench.evals import Evaluation, Skipped, Subject
-from bench.parts import PartStore
+from bench.jobs import Fitted, Job, Ready, together, weights_hash
 from bench.progress import Progress
-from bench.registry import Variant, resolve
+from bench.registry import Variant, registered, resolve
 from bench.store import Record, Store, StoreError, differences, write_rows
 from bench.suites import Suite, SuiteError, load_suite, unknown
 from defenses.api import Classifier, Images, Task
@@ -53,15 +52,6 @@ class Request:
     fresh: bool = False
 
 
-@dataclass(frozen=True)
-class Job:
-    """One record to be made: where it will be, what was asked, and how to do it."""
-
-    variant: Variant
-    evaluation: Evaluation
-    blank: Record
-
-
 class Run:
     """A request made concrete: suite, data and jobs.
 
@@ -77,9 +67,10 @@ class Run:
         for name in request.only:
             if name not in self.suite.evals:
                 raise SuiteError(f"--only: {unknown(name, self.suite.evals)}")
-        self.variants = resolve(request.defense, self.suite.sweep)
-        self.store = Store(request.runs)
         self.task, self.test = prepare(self.suite, self.device, request.data)
+        suited = [name for name, (defense, _) in registered().items() if not defense.unsuited(self.task)]
+        self.variants = resolve(request.defense, self.suite.sweep, suited)
+        self.store = Store(request.runs)
         self.jobs = list(self._plan())
 
     def _plan(self) -> Iterator[Job]:
@@ -109,6 +100,7 @@ class Run:
                 "dataset": self.suite.dataset,
                 "architecture": self.task.architecture,
                 "recipe": _json(asdict(self.task.recipe)),
+                **({"roles": {role: _json(asdict(own)) for role, own in self.task.roles.items()}} if self.task.roles else {}),
                 "train_images": len(self.task.train),
                 "validation_images": len(self.task.validation),
             },
@@ -152,12 +144,12 @@ class Run:
                 for job in missing:
                     self.store.move_aside(job.blank)
             try:
-                for index, job in enumerate(missing):
-                    again = index and _same_model(missing[index - 1], job)
-                    if not again:
-                        fitted = self._fit(job)
-                    self.progress.prefix = f"[{index + 1}/{len(missing)}] "
-                    self._evaluate(job, fitted)
+                done = 0
+                fitted = Fitted(self.task, self.store.root / self.suite.name / "parts", self.progress, missing)
+                for batch in together(missing):
+                    done += len(batch)
+                    self.progress.prefix = f"[{done}/{len(missing)}] "
+                    self._evaluate(batch, fitted)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EPERM):
                     raise StoreError(
@@ -168,69 +160,85 @@ class Run:
                 raise
         return [found for job in self.jobs if (found := self.store.find(job.blank)) is not None]
 
-    def _fit(self, job: Job) -> Subject | Exception:
-        """The fitted model, or what went wrong while making it; storage errors go up."""
-        variant, seed = job.variant, job.blank.seed
-        parts = PartStore(self.store.root / self.suite.name / "parts", self.task, self.progress)
-        self.progress.prefix = f"{variant.label}: "
-        try:
-            model = variant.defense.build(self.task)
-            variant.defense.fit(model, self.task, parts, seed)
-            model.to(self.device).eval()
-        except OSError:
-            raise
-        except Exception as error:  # whatever a defense does wrong becomes its record; the others go on
-            self.progress.say(f"{variant.label}: {type(error).__name__}: {error}")
-            return error
-        return Subject(model, getattr(variant.defense, "sigma", None), seed)
-
-    def _evaluate(self, job: Job, subject: Subject | Exception) -> None:
+    def _evaluate(self, jobs: list[Job], fitted: Fitted) -> None:
+        """Do jobs that ask the same question; each leaves a record, whatever happens."""
         began = time.perf_counter()
-        blank = job.blank
-        try:
+        subjects = fitted.take(jobs)
+        ready: list[Ready] = []
+        for job, subject in zip(jobs, subjects, strict=True):
             if isinstance(subject, Exception):
-                raise subject
-            blank = replace_hashes(blank, weights=weights_hash(subject.model))
-            self.store.write(blank)
-            rows = self._rows(job, blank, subject)
-            outcome = job.evaluation.summarise(rows, subject)
-            write_rows(self.store.path(blank).with_suffix(".parquet"), rows)
-            record = blank.model_copy(
-                update={
-                    "status": "success",
-                    "metrics": outcome.metrics,
-                    "findings": outcome.findings,
-                    "facts": job.variant.defense.facts(subject.model),
-                    "cost": {"seconds": time.perf_counter() - began},
-                }
-            )
-        except Skipped as reason:
-            record = blank.model_copy(update={"status": "skipped", "error": str(reason)})
+                self._failed(job.blank, subject)
+            else:
+                blank = replace_hashes(job.blank, weights=weights_hash(subject.model))
+                self.store.write(blank)
+                ready.append(Ready(job, blank, subject))
+        if not ready:
+            return
+        try:
+            tables = self._rows(ready)
         except (OSError, StoreError):
             raise
         except Exception as error:  # a failed evaluation is a stored record; the others go on
-            text = "".join(traceback.format_exception(error))
-            record = blank.model_copy(update={"status": "error", "error": text})
-            if not isinstance(subject, Exception):
-                self.progress.say(f"{self.progress.prefix}{job.variant.label} {blank.eval['name']}: {error}")
+            if len(ready) > 1:  # one of them spoils the common work: alone, the sound ones succeed
+                for one in ready:
+                    self._evaluate([one.job], fitted)
+            else:
+                self._failed(ready[0].blank, error)
+            return
+        cost = {"seconds": time.perf_counter() - began, "measured_together": float(len(ready))}
+        for one, rows in zip(ready, tables, strict=True):
+            self._finish(one, rows, cost)
+
+    def _finish(self, one: Ready, rows: pd.DataFrame, cost: dict[str, float]) -> None:
+        """Turn rows into numbers and store both."""
+        try:
+            outcome = one.job.evaluation.summarise(rows, one.subject)
+            facts = one.job.variant.defense.facts(one.subject.model)
+        except Exception as error:  # a wrong number is a stored record; the others go on
+            self._failed(one.blank, error)
+            return
+        write_rows(self.store.path(one.blank).with_suffix(".parquet"), rows)
+        found = {"metrics": outcome.metrics, "findings": outcome.findings, "facts": facts, "cost": cost}
+        record = one.blank.model_copy(update={"status": "success", **found})
         self.store.write(record)
         self.store.partial(record).discard()
 
-    def _rows(self, job: Job, blank: Record, subject: Subject) -> pd.DataFrame:
-        """All rows of an evaluation: pieces on disk are read, the others computed and kept."""
-        pieces = job.evaluation.pieces(subject)
-        partial = self.store.partial(blank)
-        partial.open({**blank.request(), "hashes.weights": blank.hashes["weights"], "numerics": blank.numerics})
-        rows = []
-        with self.progress.step(f"{job.variant.label} {blank.eval['name']} (seed {blank.seed})") as report:
+    def _failed(self, blank: Record, error: Exception) -> None:
+        """Store that an evaluation makes no sense, or what went wrong."""
+        if isinstance(error, Skipped):
+            record = blank.model_copy(update={"status": "skipped", "error": str(error)})
+        else:
+            self.progress.say(f"{blank.defense['variant']} {blank.eval['name']}: {type(error).__name__}: {error}")
+            text = "".join(traceback.format_exception(error))
+            record = blank.model_copy(update={"status": "error", "error": text})
+        self.store.write(record)
+        self.store.partial(record).discard()
+
+    def _rows(self, ready: list[Ready]) -> list[pd.DataFrame]:
+        """All rows of evaluations: pieces on disk are read, the others computed and kept."""
+        evaluation, subjects = ready[0].job.evaluation, [one.subject for one in ready]
+        pieces = evaluation.pieces(subjects[0])
+        partials = [self.store.partial(one.blank) for one in ready]
+        for one, partial in zip(ready, partials, strict=True):
+            request = {**one.blank.request(), "hashes.weights": one.blank.hashes["weights"], "numerics": one.blank.numerics}
+            partial.open(request)
+        tables: list[list[pd.DataFrame]] = [[] for _ in ready]
+        who = ready[0].job.variant.label if len(ready) == 1 else f"{len(ready)} defenses"
+        blank = ready[0].blank
+        with self.progress.step(f"{who} {blank.eval['name']} (seed {blank.seed})") as report:
             for number, piece in enumerate(pieces):
-                found = partial.piece(number)
-                if found is None:
-                    found = job.evaluation.measure(subject, self.test.take(piece.rows), piece)
-                    partial.keep(number, found)
+                found = {place: rows for place, part in enumerate(partials) if (rows := part.piece(number)) is not None}
+                new = [place for place in range(len(ready)) if place not in found]
+                if new:
+                    images = self.test.take(piece.rows)
+                    made = evaluation.measure([subjects[place] for place in new], images, piece)
+                    for place, rows in zip(new, made, strict=True):
+                        found[place] = rows
+                        partials[place].keep(number, rows)
                     report(number + 1, len(pieces), {})
-                rows.append(found)
-        return pd.concat(rows, ignore_index=True)
+                for place, table in enumerate(tables):
+                    table.append(found[place])
+        return [pd.concat(table, ignore_index=True) for table in tables]
 
 
 def prepare(suite: Suite, device: str, folder: Path | None) -> tuple[Task, Images]:
@@ -251,17 +259,19 @@ def prepare(suite: Suite, device: str, folder: Path | None) -> tuple[Task, Image
         )
     if suite.train_images:
         train = train.first(suite.train_images)
-    task = Task(suite.dataset, train, validation, facts.classes, facts.mean, facts.std, suite.architecture, suite.training())
+    roles = {role: suite.training(role) for role in suite.roles}
+    task = Task(
+        dataset=suite.dataset,
+        train=train,
+        validation=validation,
+        classes=facts.classes,
+        mean=facts.mean,
+        std=facts.std,
+        architecture=suite.architecture,
+        recipe=suite.training(),
+        roles=roles,
+    )
     return task, test.first(wanted)
-
-
-def weights_hash(model: Classifier) -> str:
-    """sha256 over names and values of all parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return f"sha256:{digest.hexdigest()}"
 
 
 def replace_hashes(record: Record, **hashes: str) -> Record:
@@ -272,10 +282,6 @@ def replace_hashes(record: Record, **hashes: str) -> Record:
 def run(**fields: Any) -> list[Record]:
     """``run(defense="cear_rw", suite="digits", ...)``: do a :class:`Request` and return its records."""
     return Run(Request(**fields), Progress(sys.stderr)).execute()
-
-
-def _same_model(one: Job, other: Job) -> bool:
-    return one.variant.label == other.variant.label and one.blank.seed == other.blank.seed
 
 
 def _json(value: Any) -> Any:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 FORMAT = 1
 
 COLUMNS = [
-    "suite", "budget", "defense", "seed", "members", "eval", "attack", "norm", "eps", "sigma", "radius", "estimator",
+    "suite", "budget", "defense", "seed", "members", "eval", "attack", "norm", "eps", "sigma", "radius", "estimator", "draws",
     "denominator", "source", "target", "metric", "value", "n", "lower", "upper", "unit", "status", "warnings", "record",
 ]  # fmt: skip
 """Columns of :meth:`Store.frame`, in order."""
@@ -51,6 +51,8 @@ class Metric(Strict):
     unit: str = "fraction"
     eps: float | None = None
     radius: float | None = None
+    members: int | None = None
+    draws: int | None = None
     denominator: str | None = None
     source: str | None = None
     target: str | None = None
@@ -144,7 +146,7 @@ class Store:
     def path(self, record: Record) -> Path:
         """Where a record lives."""
         suite, variant, budget = record.suite["name"], record.defense["variant"], record.suite["budget"]
-        return self.root / suite / variant / budget / f"seed{record.seed}" / f"{record.eval['name']}.json"
+        return self.root / suite / variant.replace("/", "_") / budget / f"seed{record.seed}" / f"{record.eval['name']}.json"
 
     def write(self, record: Record) -> Path:
         """Store a record; replaces an older one of the same place."""

@@ -262,6 +262,10 @@ class Defense(ABC):
     def fit(self, model: Classifier, task: Task, parts: Parts, seed: int) -> None:
         """Load trained weights into ``model``, taking every expensive piece from ``parts``."""
 
+    def unsuited(self, task: Task) -> str:
+        """Why the method makes no sense on this task, in words; empty if it does."""
+        return ""
+
     def facts(self, model: Classifier) -> dict[str, float]:
         """Numbers of the fitted model worth showing, e.g. how far learned weights are from uniform."""
         return {}

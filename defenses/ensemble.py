@@ -1,14 +1,17 @@
-"""The one ensemble class: members, and a rule that combines their logits."""
+"""The one ensemble class, and the panel that lets several classifiers share their networks' answers."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from attacks.api import Oracle
 from defenses.api import Classifier, decided
 from defenses.combine import Rule
+from defenses.nets import Network
 
 
 class Ensemble(Classifier):
@@ -34,3 +37,75 @@ class Ensemble(Classifier):
         logits = self.member_logits(x)
         decided(logits)  # a NaN of one member must not vanish in the vote
         return self.rule.decide(logits)
+
+
+class Panel:
+    """A batch of images and what networks said about it: a network is asked about an image once, whoever wants to know.
+
+    Args:
+        x: images (n c h w).
+        batch: images per forward pass.
+    """
+
+    def __init__(self, x: Tensor, batch: int) -> None:
+        self.x = x
+        self._batch = batch
+        self._answers: dict[Classifier, tuple[Tensor, Tensor]] = {}
+
+    def logits(self, network: Classifier, rows: Tensor) -> Tensor:
+        """The network's logits (r k) for images number ``rows``."""
+        known, answers = self._answers.get(network, (None, None))
+        new = rows if known is None else rows[~known[rows]]
+        if len(new):
+            ask = Oracle(network)
+            found = torch.cat([ask(self.x[piece], piece) for piece in new.split(self._batch)])
+            if known is None or answers is None:
+                known = torch.zeros(len(self.x), dtype=torch.bool, device=self.x.device)
+                answers = found.new_empty(len(self.x), found.shape[1])
+                self._answers[network] = known, answers
+            known[new] = True
+            answers[new] = found
+        assert answers is not None, "nobody asks about no image"
+        return answers[rows]
+
+    def vote(self, model: Classifier, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """``model.predict`` for images number ``rows``: labels (r), and how many networks each image needed (r).
+
+        Only the project's own classes are taken apart; a class that decides in its own way is asked as a whole.
+        """
+        asked = torch.zeros(len(rows), dtype=torch.int64, device=self.x.device)
+        if type(model).predict is Ensemble.predict and type(model).forward is Ensemble.forward:
+            ensemble: Ensemble = model  # type: ignore[assignment]
+
+            def ask(member: int, some: Tensor) -> Tensor:
+                asked[some] += 1
+                return self.logits(ensemble.members[member], rows[some])
+
+            return ensemble.rule.elect(ask, len(ensemble.members), len(rows), self.x.device), asked
+        if type(model) is Network:
+            return self.logits(model, rows).argmax(-1), asked + 1
+        ask_whole = Oracle(model.predict)
+        labels = torch.cat([ask_whole(self.x[piece], piece) for piece in rows.split(self._batch)])
+        return labels, asked + len(model.members)
+
+
+def share(models: Sequence[Classifier]) -> list[Classifier]:
+    """The same models, with equal networks replaced by one object, so that a :class:`Panel` asks it once for all of them."""
+    pool: dict[tuple[str, str], Network] = {}
+
+    def one(model: Classifier) -> Classifier:
+        return pool.setdefault((model.architecture, _content(model)), model) if type(model) is Network else model
+
+    for model in models:
+        if isinstance(model, Ensemble):
+            for place, member in enumerate(model.members):
+                model.networks[place] = one(member)
+    return [one(model) for model in models]
+
+
+def _content(net: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in net.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

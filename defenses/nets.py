@@ -6,6 +6,7 @@ CIFAR family uses basic blocks, shortcuts that change shape are 1x1 convolution 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -33,12 +34,13 @@ class Normalise(nn.Module):
 
 
 class Network(Classifier):
-    """One network: normalisation, then a body that ends in logits."""
+    """One network: normalisation, then a body that ends in logits; ``architecture`` names the body's layers."""
 
-    def __init__(self, normalise: Normalise, body: nn.Module) -> None:
+    def __init__(self, normalise: Normalise, body: nn.Module, architecture: str) -> None:
         super().__init__()
         self.normalise = normalise
         self.body = body
+        self.architecture = architecture
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(self.normalise(x).contiguous(memory_format=torch.channels_last))
@@ -101,6 +103,28 @@ ARCHITECTURES: dict[str, Callable[[Sequence[int], int], nn.Module]] = {
 """(shape (c h w), classes) -> the body of a network, by name."""
 
 
+TORCHVISION = "torchvision/"
+"""Prefix of the names of torchvision's models, e.g. "torchvision/resnet50"."""
+
+
+def body(name: str, shape: Sequence[int], classes: int) -> nn.Module:
+    """The body of a network, from :data:`ARCHITECTURES` or from torchvision, with weights of torch's choice.
+
+    Raises:
+        ValueError: for an unknown architecture; names the nearest.
+    """
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name](shape, classes)
+    if name.startswith(TORCHVISION):
+        from torchvision.models import get_model, list_models
+
+        if name.removeprefix(TORCHVISION) in list_models():
+            return get_model(name.removeprefix(TORCHVISION), weights=None, num_classes=classes)
+    near = difflib.get_close_matches(name, ARCHITECTURES, 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"unknown architecture {name!r}; {hint}Known are {', '.join(ARCHITECTURES)} and {TORCHVISION}NAME")
+
+
 def network(task: Task, gen: torch.Generator | None = None, architecture: str | None = None) -> Network:
     """A network for the task, in eval mode on its device.
 
@@ -114,10 +138,8 @@ def network(task: Task, gen: torch.Generator | None = None, architecture: str | 
         ValueError: for an unknown architecture.
     """
     name = architecture or task.architecture
-    if name not in ARCHITECTURES:
-        raise ValueError(f"unknown architecture {name!r}; known are {', '.join(ARCHITECTURES)}")
     with torch.random.fork_rng(devices=[]):  # constructors draw their own weights, which are replaced below
-        net = Network(Normalise(task.mean, task.std), ARCHITECTURES[name](task.shape, task.classes))
+        net = Network(Normalise(task.mean, task.std), body(name, task.shape, task.classes), name)
     initialise(net, gen or generator(0, "unfitted"))
     # Convolutions are faster with channels last, on CPU (measured: 1.3 times for LeNet-5) and on tensor cores.
     return net.to(task.device).to(memory_format=torch.channels_last).eval()
@@ -133,4 +155,5 @@ def initialise(net: nn.Module, gen: torch.Generator) -> None:
         elif isinstance(module, nn.Linear):
             bound = module.in_features**-0.5
             nn.init.uniform_(module.weight, -bound, bound, generator=gen)
-            nn.init.uniform_(module.bias, -bound, bound, generator=gen)
+            if module.bias is not None:
+                nn.init.uniform_(module.bias, -bound, bound, generator=gen)

@@ -26,11 +26,15 @@ class RandSmooth(Defense):
         model.load_state_dict(parts.get(gaussian(task, seed, 0, self.sigma)))
 
 
-def gaussian(task: Task, seed: int, member: int, sigma: float) -> Trained:
+def gaussian(task: Task, seed: int, member: int, sigma: float, architecture: str = "") -> Trained:
     """A network trained on Gaussian noise; member 0 is RandSmooth, further ones belong to smoothed ensembles."""
-    recipe = task.recipe_for("gaussian")
     return Trained(
-        role="gaussian", seed=seed, member=member, architecture=task.architecture, recipe=recipe, loss=CrossEntropy(sigma)
+        role="gaussian",
+        seed=seed,
+        member=member,
+        architecture=architecture or task.architecture,
+        recipe=task.recipe_for("gaussian"),
+        loss=CrossEntropy(sigma),
     )
 
 

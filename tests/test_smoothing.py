@@ -17,7 +17,7 @@ from defenses.bounds import ceiling, lower
 from defenses.combine import GeometricMedian
 from defenses.ensemble import Ensemble
 from defenses.nets import network
-from defenses.smoothing import Smoothed, ballots, certify, count_votes
+from defenses.smoothing import Smoothed, Voting, certify, count_votes
 
 
 class Halfspace(Classifier):
@@ -143,7 +143,8 @@ def test_selection_and_estimation_use_different_noise() -> None:
 def test_more_draws_extend_fewer() -> None:
     x, streams = coins([0.7]), Streams(1, ids=[9])
     few = count_votes(Coin().eval(), x, 1.0, 250, streams)
-    seen = [labels for _, labels in ballots(Coin().eval(), x, 1.0, streams, rows=[0], span=(250, 730), batch=100)]
+    voting = Voting([Coin().eval()], x, 1.0, 100)
+    seen = [labels[0] for _, labels in voting.ballots(streams, torch.ones(1, 1, dtype=torch.bool), (250, 730))]
     many = count_votes(Coin().eval(), x, 1.0, 730, streams)
     assert int(many[0, 1]) == int(few[0, 1]) + int(torch.cat(seen, 1).sum())
     assert sum(labels.shape[1] for labels in seen) == 480

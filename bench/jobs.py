@@ -1,0 +1,112 @@
+"""What a run consists of: jobs, batches of jobs that share work, and the fitted models they need."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bench.evals import Evaluation, Skipped, Subject
+from bench.parts import PartStore
+from bench.progress import Progress
+from bench.registry import Variant
+from bench.store import Record
+from defenses.api import Classifier, Task
+from defenses.ensemble import share
+
+
+@dataclass(frozen=True)
+class Job:
+    """One record to be made: where it will be, what was asked, and how to do it."""
+
+    variant: Variant
+    evaluation: Evaluation
+    blank: Record
+
+    @property
+    def model(self) -> tuple[str, int]:
+        """What tells the fitted model from others: variant and seed."""
+        return self.variant.label, self.blank.seed
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A job whose model is fitted; the record names its weights."""
+
+    job: Job
+    blank: Record
+    subject: Subject
+
+
+def together(jobs: list[Job]) -> list[list[Job]]:
+    """Jobs in batches that are cheaper to do together; a batch stands where the first of its jobs stood."""
+    batches: dict[Hashable, list[Job]] = {}
+    for number, job in enumerate(jobs):
+        subject = Subject(Classifier(), getattr(job.variant.defense, "sigma", None), job.blank.seed)
+        try:
+            company = job.evaluation.company(subject)
+        except Skipped:
+            company = None
+        name = job.blank.eval["name"]
+        batches.setdefault(number if company is None else (job.blank.seed, name, company), []).append(job)
+    return list(batches.values())
+
+
+class Fitted:
+    """Fitted models, each made when first needed and let go after its last job. Equal networks are one object.
+
+    Args:
+        task: what defenses are fitted to.
+        folder: where trained parts are kept.
+        progress: where training reports.
+        jobs: everything that will be asked for.
+    """
+
+    def __init__(self, task: Task, folder: Path, progress: Progress, jobs: list[Job]) -> None:
+        self._task, self._folder, self._progress = task, folder, progress
+        self._left = Counter(job.model for job in jobs)
+        self._models: dict[tuple[str, int], Subject | Exception] = {}
+
+    def take(self, jobs: list[Job]) -> list[Subject | Exception]:
+        """The subjects of some jobs, or what went wrong while making them; storage errors go up."""
+        for job in jobs:
+            if job.model not in self._models:
+                self._models[job.model] = self._fit(job)
+        found = [self._models[job.model] for job in jobs]
+        shared = iter(share([subject.model for subject in found if isinstance(subject, Subject)]))
+        subjects = [replace(subject, model=next(shared)) if isinstance(subject, Subject) else subject for subject in found]
+        for job, subject in zip(jobs, subjects, strict=True):
+            self._models[job.model] = subject
+            self._left[job.model] -= 1
+            if self._left[job.model] <= 0:
+                del self._models[job.model]
+        return subjects
+
+    def _fit(self, job: Job) -> Subject | Exception:
+        variant, seed = job.variant, job.blank.seed
+        prefix, self._progress.prefix = self._progress.prefix, f"{variant.label}: "
+        try:
+            reason = variant.defense.unsuited(self._task)
+            if reason:
+                return Skipped(reason)
+            model = variant.defense.build(self._task)
+            variant.defense.fit(model, self._task, PartStore(self._folder, self._task, self._progress), seed)
+            model.to(self._task.device).eval()
+        except OSError:
+            raise
+        except Exception as error:  # whatever a defense does wrong becomes its record; the others go on
+            return error
+        finally:
+            self._progress.prefix = prefix
+        return Subject(model, getattr(variant.defense, "sigma", None), seed)
+
+
+def weights_hash(model: Classifier) -> str:
+    """sha256 over names and values of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"
