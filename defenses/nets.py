@@ -1,7 +1,10 @@
 """Networks of the literature, normalisation inside, initialised from a generator (methods 2.2).
 
-LeNet-5 (LeCun et al. 1998), CIFAR ResNets and ResNet-18 (He et al. 2016). Differences from other code bases: every depth of the
-CIFAR family uses basic blocks, shortcuts that change shape are 1x1 convolution + BatchNorm ("option B").
+LeNet-5 (LeCun et al. 1998) and its wide form, AlexNet for small images (Krizhevsky et al. 2012), VGG with BatchNorm and one
+linear layer (Simonyan & Zisserman 2015), CIFAR ResNets, ResNet-18 and -34 (He et al. 2016a), pre-activation ResNet-18 (He et
+al. 2016b), DenseNet-BC (Huang et al. 2017), the small network of CEAR's MNIST code. Differences from other code bases: every
+depth of the CIFAR family uses basic blocks, shortcuts that change shape are 1x1 convolution + BatchNorm ("option B"), and all
+but the LeNets and CEAR's end in an average pool, so that they take any side.
 """
 
 from __future__ import annotations
@@ -66,6 +69,48 @@ def lenet5(shape: Sequence[int], classes: int) -> nn.Module:
     )
 
 
+def lenet_wide(shape: Sequence[int], classes: int) -> nn.Module:
+    """The wide LeNet of small-image studies such as TRS: 20 and 50 filters without padding, 500 hidden units."""
+    channels, side, _ = shape
+    flat = 50 * (((side - 4) // 2 - 4) // 2) ** 2
+    convolutions = [nn.Conv2d(channels, 20, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(flat, 500), nn.ReLU(), nn.Linear(500, classes))
+
+
+def cear_cnn(shape: Sequence[int], classes: int) -> nn.Module:
+    """CEAR's MNIST network: 32-64-pool-64-64-pool filters of 3x3 with padding 1, then 128 and 64 hidden units."""
+    channels, side, _ = shape
+    layers: list[nn.Module] = []
+    for width in (32, 64, 0, 64, 64, 0):
+        layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()] if width else [nn.MaxPool2d(2)]
+        channels = width or channels
+    hidden = [nn.Linear(64 * (side // 4) ** 2, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), *hidden, nn.Linear(64, classes))
+
+
+def alexnet(shape: Sequence[int], classes: int) -> nn.Module:
+    """AlexNet for 32x32: an 11x11 stem of stride 4, five convolutions, three max pools, one linear layer."""
+    layers: list[nn.Module] = [nn.Conv2d(shape[0], 64, 11, 4, 5), nn.ReLU(), nn.MaxPool2d(2)]
+    channels = 64
+    for width, kernel, pool in ((192, 5, True), (384, 3, False), (256, 3, False), (256, 3, True)):
+        layers += [nn.Conv2d(channels, width, kernel, padding=kernel // 2), nn.ReLU()]
+        layers += [nn.MaxPool2d(2)] if pool else []
+        channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+
+def vgg(shape: Sequence[int], classes: int, *, blocks: Sequence[int]) -> nn.Module:
+    """VGG for small images: blocks of 3x3 convolutions with BatchNorm, a max pool after each, one linear layer."""
+    layers: list[nn.Module] = []
+    channels = shape[0]
+    for width, count in zip((64, 128, 256, 512, 512), blocks, strict=True):
+        for _ in range(count):
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+            channels = width
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with BatchNorm and a shortcut."""
 
@@ -84,21 +129,99 @@ class BasicBlock(nn.Module):
         return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
 
 
-def residual(shape: Sequence[int], classes: int, *, widths: Sequence[int], blocks: int) -> nn.Module:
-    """3x3 stem, one stage per width with ``blocks`` basic blocks, stride 2 from the second stage on, average pool, linear."""
+class PreActBlock(nn.Module):
+    """BatchNorm and ReLU before each of two 3x3 convolutions; a shortcut that changes shape starts after the first ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        changes = stride != 1 or inputs != outputs
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if changes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(out)
+        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
+
+
+def residual(
+    shape: Sequence[int], classes: int, *, widths: Sequence[int], blocks: Sequence[int], dropout: float = 0.0
+) -> nn.Module:
+    """3x3 stem, one stage of basic blocks per width, stride 2 from the second stage on, average pool, linear.
+
+    ``dropout`` follows every block, and the pool.
+    """
     width = widths[0]
     layers: list[nn.Module] = [nn.Conv2d(shape[0], width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-    for stage, out in enumerate(widths):
-        for block in range(blocks):
-            layers.append(BasicBlock(width, out, 2 if stage and not block else 1))
+    drop = [nn.Dropout(dropout)] if dropout else []
+    for stage, (out, count) in enumerate(zip(widths, blocks, strict=True)):
+        for block in range(count):
+            layers += [BasicBlock(width, out, 2 if stage and not block else 1), *drop]
             width = out
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), *drop, nn.Linear(width, classes))
+
+
+def preactivated(shape: Sequence[int], classes: int, *, widths: Sequence[int], blocks: Sequence[int]) -> nn.Module:
+    """As :func:`residual`, of pre-activation blocks, with BatchNorm and ReLU before the pool."""
+    width = widths[0]
+    layers: list[nn.Module] = [nn.Conv2d(shape[0], width, 3, 1, 1, bias=False)]
+    for stage, (out, count) in enumerate(zip(widths, blocks, strict=True)):
+        for block in range(count):
+            layers.append(PreActBlock(width, out, 2 if stage and not block else 1))
+            width = out
+    return nn.Sequential(
+        *layers, nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes)
+    )
+
+
+class DenseLayer(nn.Module):
+    """A bottleneck of four times the growth, then ``growth`` new channels beside the old ones."""
+
+    def __init__(self, inputs: int, growth: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, 4 * growth, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(4 * growth)
+        self.conv2 = nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv1(F.relu(self.bn1(x)))
+        return torch.cat([x, self.conv2(F.relu(self.bn2(out)))], 1)
+
+
+def densenet(shape: Sequence[int], classes: int, *, depth: int, growth: int) -> nn.Module:
+    """DenseNet-BC: three blocks of (depth - 4) / 6 bottleneck layers, transitions halve channels and side."""
+    width = 2 * growth
+    layers: list[nn.Module] = [nn.Conv2d(shape[0], width, 3, padding=1, bias=False)]
+    for block in range(3):
+        for _ in range((depth - 4) // 6):
+            layers.append(DenseLayer(width, growth))
+            width += growth
+        layers += [nn.BatchNorm2d(width), nn.ReLU()]
+        if block < 2:
+            layers += [nn.Conv2d(width, width // 2, 1, bias=False), nn.AvgPool2d(2)]
+            width //= 2
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
 
 
+_WIDE = (64, 128, 256, 512)
+
 ARCHITECTURES: dict[str, Callable[[Sequence[int], int], nn.Module]] = {
     "lenet5": lenet5,
-    **{f"resnet{6 * n + 2}": partial(residual, widths=(16, 32, 64), blocks=n) for n in (3, 4, 5, 18)},
-    "resnet18": partial(residual, widths=(64, 128, 256, 512), blocks=2),
+    "lenet_wide": lenet_wide,
+    "cear_cnn": cear_cnn,
+    "alexnet": alexnet,
+    "vgg16": partial(vgg, blocks=(2, 2, 3, 3, 3)),
+    "vgg19": partial(vgg, blocks=(2, 2, 4, 4, 4)),
+    **{f"resnet{6 * n + 2}": partial(residual, widths=(16, 32, 64), blocks=(n, n, n)) for n in (3, 4, 5, 18)},
+    "resnet18": partial(residual, widths=_WIDE, blocks=(2, 2, 2, 2)),
+    "resnet18_dropout": partial(residual, widths=_WIDE, blocks=(2, 2, 2, 2), dropout=0.025),
+    "resnet34": partial(residual, widths=_WIDE, blocks=(3, 4, 6, 3)),
+    "preactresnet18": partial(preactivated, widths=_WIDE, blocks=(2, 2, 2, 2)),
+    "densenet100": partial(densenet, depth=100, growth=12),
 }
 """(shape (c h w), classes) -> the body of a network, by name."""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -94,7 +95,8 @@ def train(net: Network, task: Task, part: Trained, needs: Sequence[Network], wor
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(epoch)
         gen = generator(part.seed, "train", part.role, part.member, epoch, device=task.device)
-        facts = _epoch(net, task.train, optimizer, part, needs, gen)
+        with _dropout_from(gen, net):
+            facts = _epoch(net, task.train, optimizer, part, needs, gen)
         facts["validation_accuracy"] = accuracy(net, task.validation)
         broken = [name for name, value in facts.items() if not math.isfinite(value)]
         if broken:
@@ -117,6 +119,17 @@ def accuracy(net: nn.Module, images: Images, batch: int = 500) -> float:
             rows = slice(start, start + batch)
             right += int((net(images.floats(rows)).argmax(-1) == images.labels[rows]).sum())
     return right / len(images)
+
+
+@contextmanager
+def _dropout_from(gen: torch.Generator, net: nn.Module) -> Iterator[None]:
+    """Dropout layers draw from torch's global generator: seed it from ``gen`` meanwhile, and give it back as it was."""
+    if not any(isinstance(module, nn.modules.dropout._DropoutNd) for module in net.modules()):
+        yield
+        return
+    with torch.random.fork_rng(devices=[gen.device] if gen.device.type == "cuda" else []):
+        torch.manual_seed(int(torch.randint(2**62, (), generator=gen, device=gen.device)))
+        yield
 
 
 def _epoch(

@@ -1,0 +1,135 @@
+"""Networks: published parameter counts, initialisation from a generator, independent rows, isolated dropout."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from attacks.streams import generator
+from defenses.api import Images, Recipe, Task
+from defenses.nets import ARCHITECTURES, initialise, network
+from defenses.training import Trained
+
+PARAMETERS = {
+    "lenet5": 61_706,
+    "lenet_wide": 431_080,
+    "cear_cnn": 503_114,
+    "alexnet": 2_472_266,
+    "vgg16": 14_728_266,
+    "vgg19": 20_040_522,
+    "resnet20": 272_474,
+    "resnet26": 369_690,
+    "resnet32": 466_906,
+    "resnet110": 1_730_714,
+    "resnet18": 11_173_962,
+    "resnet18_dropout": 11_173_962,
+    "resnet34": 21_282_122,
+    "preactresnet18": 11_172_170,
+    "densenet100": 769_162,
+}
+"""Ten classes; greyscale 28x28 for the first three, colour for the others. The papers: DenseNet-BC 0.8 M, ResNet-110 1.7 M."""
+
+GREY = ("lenet5", "lenet_wide", "cear_cnn")
+
+
+class Nowhere:
+    """A workshop without a disk."""
+
+    def load(self) -> None:
+        return None
+
+    def save(self, weights: object, state: object) -> None:
+        pass
+
+    def report(self, done: int, total: int, facts: dict[str, float]) -> None:
+        pass
+
+
+def task(name: str, side: int = 0, n: int = 4) -> Task:
+    shape = (1, 28, 28) if name in GREY else (3, side or 32, side or 32)
+    pixels = torch.randint(0, 256, (n, *shape), generator=generator(0, "pixels"), dtype=torch.uint8)
+    images = Images(pixels, torch.arange(n) % 10, torch.arange(n), "random")
+    return Task("random", images, images, 10, (0.5,) * shape[0], (0.25,) * shape[0], name, Recipe(epochs=1, batch=2, lr=0.01))
+
+
+def test_every_architecture_has_its_count_here() -> None:
+    assert set(PARAMETERS) == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_shape_and_initialisation(name: str) -> None:
+    one, same, other = (network(task(name), generator(seed, "init")) for seed in (1, 1, 2))
+    assert sum(p.numel() for p in one.parameters()) == PARAMETERS[name]
+    assert one.architecture == name
+    x = task(name).train.floats()
+    with torch.inference_mode():
+        logits = one(x)
+        assert logits.shape == (4, 10) and torch.isfinite(logits).all()
+        assert torch.equal(logits, same(x)) and not torch.equal(logits, other(x))
+
+
+@pytest.mark.parametrize("name", ["alexnet", "vgg16", "resnet18_dropout", "preactresnet18", "densenet100"])
+def test_an_answer_does_not_depend_on_the_rest_of_the_batch(name: str) -> None:
+    net = network(task(name), generator(3, "init"))
+    x = task(name, n=20).train.floats()
+    with torch.inference_mode():
+        whole, part = net(x)[5:15], net(x[5:15])
+    assert torch.allclose(whole, part, rtol=1e-5, atol=1e-6 * float(whole.abs().max()))
+    # DenseNet's long 1x1 convolutions are cut up differently for other batch sizes: equal but for float rounding.
+    assert name == "densenet100" or torch.equal(whole, part)
+
+
+@pytest.mark.parametrize("name", ["resnet18_dropout", "vgg16", "alexnet"])
+def test_tiny_imagenet_s_side_fits(name: str) -> None:
+    with torch.inference_mode():
+        assert network(task(name, 64))(task(name, 64).train.floats()).shape == (4, 10)
+
+
+def test_the_lenet_of_sween_takes_colour_images() -> None:
+    assert network(dataclasses.replace(task("resnet20"), architecture="lenet5"))(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_pre_activation_blocks_pass_their_input_on_unchanged() -> None:
+    """With zero convolutions a block without a change of shape is the identity (He et al. 2016b); a basic block is its ReLU."""
+    x = torch.randn(2, 64, 4, 4, generator=generator(5))
+    for name, expected in (("preactresnet18", x), ("resnet18", x.relu())):
+        blocks = [m for m in network(task(name)).modules() if type(m).__name__ in ("PreActBlock", "BasicBlock")]
+        for convolution in (blocks[0].conv1, blocks[0].conv2):
+            nn.init.zeros_(convolution.weight)
+        assert torch.allclose(blocks[0].eval()(x), expected)
+
+
+def test_an_unknown_architecture_gets_the_nearest_name() -> None:
+    with pytest.raises(ValueError, match="did you mean 'resnet1[18]0?'"):
+        network(dataclasses.replace(task("resnet20"), architecture="resnet11"))
+
+
+def test_dropout_repeats_with_the_seed_and_leaves_the_global_generator_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def dropping(shape: object, classes: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), nn.Dropout(0.5), nn.Linear(8, classes))
+
+    monkeypatch.setitem(ARCHITECTURES, "dropping", dropping)
+    own = task("dropping", n=8)
+    part = Trained(role="plain", seed=3, architecture="dropping", recipe=own.recipe)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = part.make(own, [], Nowhere())
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    again = part.make(own, [], Nowhere())
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x)
+    assert not torch.equal(part.make(own, [], Nowhere())["body.1.weight"], first["body.1.weight"])
+
+
+def test_initialise_reaches_every_weight() -> None:
+    for name in ("densenet100", "cear_cnn"):
+        net = network(task(name))
+        for p in net.parameters():
+            nn.init.constant_(p, 7.0)
+        initialise(net, generator(0))
+        left = [key for key, p in net.named_parameters() if p.ndim > 1 and (p == 7).any()]
+        assert not left
