@@ -192,15 +192,19 @@ class Voting:
         self.x, self.sigma, self.batch = x, sigma, batch
         self.evaluations = torch.zeros(len(bases), len(x), dtype=torch.int64, device=x.device)
 
-    def count(self, streams: Streams, n: int) -> list[Tensor]:
-        """Votes for each class among the first n noise draws, int64 (images, classes), for every base."""
-        wanted = torch.ones(len(self.models), len(self.x), dtype=torch.bool, device=self.x.device)
+    def count(self, streams: Streams, n: int, wanted: Tensor | None = None) -> list[Tensor]:
+        """Votes for each class among the first n noise draws, int64 (images, classes), for every base.
+
+        ``wanted`` is as for :meth:`ballots`, everybody by default; rows that were not wanted stay 0.
+        """
+        if wanted is None:
+            wanted = torch.ones(len(self.models), len(self.x), dtype=torch.bool, device=self.x.device)
         counts = [torch.zeros(len(self.x), 2, dtype=torch.int64, device=self.x.device) for _ in self.models]
         for pick, labels in self.ballots(streams, wanted, (0, n)):
             classes = max(counts[0].shape[1], int(labels.max()) + 1)
             for base, own in enumerate(labels):
                 wider = torch.nn.functional.pad(counts[base], (0, classes - counts[base].shape[1]))
-                flat = (pick.unsqueeze(1) * classes + own).flatten()
+                flat = (pick.unsqueeze(1) * classes + own)[own >= 0]
                 counts[base] = wider + torch.bincount(flat, minlength=wider.numel()).view_as(wider)
         return counts
 

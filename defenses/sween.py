@@ -94,7 +94,7 @@ class LearnedWeights(Part):
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-        workshop.report(self.epochs, self.epochs, {"loss": float(mixture_loss(w, p.flatten(1)))})
+        workshop.report(self.epochs, self.epochs, {"loss": float(mixture_loss(w.detach(), p.flatten(1)))})
         return {"weights": w.detach().softmax(0)}
 
 

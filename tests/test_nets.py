@@ -103,7 +103,7 @@ def test_pre_activation_blocks_pass_their_input_on_unchanged() -> None:
 
 
 def test_an_unknown_architecture_gets_the_nearest_name() -> None:
-    with pytest.raises(ValueError, match="did you mean 'resnet1[18]0?'"):
+    with pytest.raises(ValueError, match=r"did you mean 'resnet1[18]0?'"):
         network(dataclasses.replace(task("resnet20"), architecture="resnet11"))
 
 
