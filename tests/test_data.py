@@ -3,7 +3,9 @@
 import hashlib
 import os
 import pickle
+import re
 import struct
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from urllib.error import URLError
@@ -20,6 +22,7 @@ from PIL import Image
 
 from bench.data import DATASETS, DataError, hold_out, load
 from bench.datasets import IDX_MD5
+from bench.suites import load_suite
 from defenses.api import Images
 
 REAL = os.environ.get("BENCH_DATA")
@@ -313,8 +316,9 @@ def test_idx_files_with_another_checksum_are_refused(data, monkeypatch):
     refused([folder / "t10k-images-idx3-ubyte", "is missing"], "mnist", "test", data=data)
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize(("name", "key"), [("cifar10", "labels"), ("cifar100", "fine_labels")])
-def test_cifar_batches_are_joined_after_their_checksum(data, monkeypatch, name, key):
+def test_cifar_batches_are_joined_after_their_checksum(data, monkeypatch, name, key, split):
     folder, listed = data / DATASETS[name].layout, []
     folder.mkdir()
     array = np.random.default_rng(0).integers(0, 256, (4, 3072), dtype=np.uint8)
@@ -323,8 +327,8 @@ def test_cifar_batches_are_joined_after_their_checksum(data, monkeypatch, name, 
         content = pickle.dumps(batch)
         (folder / f"part{part}").write_bytes(content)
         listed.append([f"part{part}", hashlib.md5(content).hexdigest()])
-    monkeypatch.setattr(getattr(torchvision.datasets, DATASETS[name].torchvision), "train_list", listed)
-    images = load(name, "train", data=data)
+    monkeypatch.setattr(getattr(torchvision.datasets, DATASETS[name].torchvision), f"{split}_list", listed)
+    images = load(name, split, data=data)
     assert np.array_equal(images.pixels, array.reshape(4, 3, 32, 32))
     assert images.labels.tolist() == [0, 9, 1, 9] and images.source == f"{name} torchvision"
 
@@ -361,6 +365,38 @@ def test_image_folders_are_read_in_a_stratified_order(data, split):
 def test_image_folders_may_nest_and_jpeg_is_named(data):
     write_folder(data / "cifar10", "cifar10", "train", suffix="/images/a.jpeg", kind="JPEG")
     assert load("cifar10", "train", data=data).source == "cifar10 folder (JPEG re-encoding)"
+
+
+def test_tiny_imagenets_archive_is_read_once_its_validation_is_regrouped(data):
+    home = data / "tiny_imagenet"
+    array = write_folder(home, "tiny_imagenet", "train", suffix="/images/n_0.JPEG", kind="JPEG")
+    (home / "val" / "images").mkdir(parents=True)
+    (home / "val" / "images" / "val_0.JPEG").write_bytes(encoded(array[0], "JPEG"))
+    train = load("tiny_imagenet", "train", data=data)
+    assert (len(train), train.shape, train.source) == (200, (3, 64, 64), "tiny_imagenet folder")
+    assert train.labels.sort().values.tolist() == list(range(200))
+    refused([home / "val", "has 1 class folders, tiny_imagenet has 200; regroup"], "tiny_imagenet", "test", data=data)
+    (home / "val" / "images" / "val_0.JPEG").unlink()
+    (home / "val" / "images").rmdir()
+    write_folder(home, "tiny_imagenet", "val", kind="JPEG", suffix=".JPEG")
+    assert load("tiny_imagenet", "test", data=data).labels.unique().numel() == 200
+
+
+def test_imagenets_class_folders_hold_jpeg_of_any_size(data, monkeypatch):
+    monkeypatch.setitem(DATASETS, "imagenet", replace(DATASETS["imagenet"], classes=3))
+    sizes = {"n01440764": (40, 60), "n01443537": (300, 256), "n01484850": (256, 500)}
+    for split in ("train", "val"):
+        for number, (wnid, size) in enumerate(sizes.items()):
+            file = data / "imagenet" / split / wnid / f"{wnid}_{number}.JPEG"
+            file.parent.mkdir(parents=True)
+            grey = split == "val" and number == 0
+            file.write_bytes(encoded(pixels(1, (1 if grey else 3, *size))[0], "JPEG"))
+    train, test = load("imagenet", "train", data=data), load("imagenet", "test", data=data)
+    for images in (train, test):
+        assert images.pixels.shape == (3, 3, 224, 224) and sorted(images.labels.tolist()) == [0, 1, 2]
+        assert images.source == "imagenet folder"
+    first = test.pixels[test.labels.tolist().index(0)]
+    assert torch.equal(first[0], first[1]) and torch.equal(first[0], first[2])
 
 
 def test_image_folder_errors(data):
@@ -500,6 +536,39 @@ def test_real_cifar10_names_its_re_encoding():
     assert images.labels.bincount().tolist() == [1000] * 10 and images.shape == (3, 32, 32)
     if images.source != "cifar10 torchvision":
         assert images.source == "cifar10 parquet (JPEG re-encoding)"
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "tiny_imagenet"])
+def test_a_source_says_re_encoded_where_the_folders_readme_says_jpeg(real_data, name):
+    readme = real_data / name / "README.md"
+    if not readme.is_file():
+        pytest.skip(f"no README.md that describes {name}")
+    formats = set(re.findall(r"^\| (?:test|val) \| (PNG|JPEG) \|", readme.read_text(), re.MULTILINE))
+    images = load(name, "test", data=real_data)
+    assert ("re-encoding" in images.source) == (DATASETS[name].lossless and "JPEG" in formats), images.source
+
+
+def pictures(images):
+    """A digest of each image's pixels."""
+    return [hashlib.sha256(image.numpy().tobytes()).digest() for image in images.pixels]
+
+
+def test_real_tiny_imagenet_splits_into_18000_2000_and_2000(real_data):
+    if not (real_data / "tiny_imagenet").is_dir():
+        pytest.skip("the folder that BENCH_DATA names has no tiny_imagenet")
+    stored = load("tiny_imagenet", "train", data=real_data)
+    if len(stored) != 20_000:
+        pytest.skip("not the subset of 100 training images per class")
+    train, validation = hold_out(stored, load_suite("tiny_imagenet", "paper").validation_images)
+    test = load("tiny_imagenet", "test", data=real_data)
+    assert (len(train), len(validation), len(test)) == (18_000, 2_000, 2_000)
+    assert not set(train.ids.tolist()) & set(validation.ids.tolist())
+    assert train.labels.unique().numel() == test.labels.unique().numel() == 200
+    seen = pictures(train)
+    assert not set(seen) & set(pictures(test))
+    # The data set holds one picture twice, under two labels: the README counts it.
+    twice = len(stored) - len(set(pictures(stored)))
+    assert twice == 1 and len(set(seen) & set(pictures(validation))) <= twice
 
 
 def test_real_tiny_imagenet_has_greyscale_images_as_rgb():

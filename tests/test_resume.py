@@ -14,6 +14,7 @@ import pytest
 import sklearn.datasets  # noqa: F401 (children are forked: what is imported here is not imported twenty times there)
 
 import bench.evals
+import bench.evals.certified
 import bench.store
 import defenses.cear
 import defenses.training
@@ -86,7 +87,7 @@ POINTS = {
     "attack: second budget, the first is on disk": (bench.evals.Robust, "measure", 2),
     "certification: first piece": (bench.evals.Certified, "measure", 1),
     "certification: second piece": (bench.evals.Certified, "measure", 2),
-    "certification: inside the last piece": (bench.evals, "certify", 3),
+    "certification: inside the last piece": (bench.evals.certified, "certify_together", 3),
     "write: before a checkpoint is synced": (os, "fsync", 3),
     "write: before a record is renamed": (os, "replace", 14),
 }
