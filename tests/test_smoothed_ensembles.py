@@ -8,9 +8,10 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from scipy import optimize
+from scipy import optimize, stats
 from torch import Tensor
 
 from attacks.streams import Streams, generator
@@ -21,7 +22,7 @@ from bench.registry import resolve
 from bench.runner import Request, Run, prepare
 from bench.suites import load_suite
 from defenses.api import Classifier, Images, Recipe, Task
-from defenses.bounds import Question
+from defenses.bounds import Question, lower
 from defenses.cear import cear_gm, cear_minus_gm, cear_minus_rw, cear_rw
 from defenses.combine import Adaptive, Consensus, Majority, Mean, MeanLogits
 from defenses.ensemble import Ensemble
@@ -261,3 +262,8 @@ def test_the_variance_view_of_a_run(tiny: Path, tmp_path: Path) -> None:
     acr = {(m.members, m.draws) for m in found.metrics if m.metric == "acr"}
     assert acr == {(k, n) for k in (1, 2, 3) for n in (50, 100)}
     assert found.metrics[3].metric == "margin_correlation_fitted"
+    rows = pd.read_parquet(tmp_path / "tiny/smoothed_ensemble@members=3/quick/seed0/variance.parquet")
+    part = rows[(rows.members == 2) & (rows.n == 100)]
+    hits = (lower(part["count"], 100, 0.001) >= stats.norm.cdf(1)) & (part.prediction == part.label)
+    (reported,) = [m for m in found.metrics if (m.members, m.draws, m.radius) == (2, 100, 0.25)]
+    assert reported.metric == "certified_accuracy" and reported.value == pytest.approx(hits.mean())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,7 @@ from pydantic import Field
 
 from attacks import Streams
 from bench import metrics
-from bench.evals.api import Base, Outcome, Piece, Skipped, Subject
+from bench.evals.api import Base, Outcome, Piece, Skipped, Subject, share
 from bench.store import Metric
 from defenses.api import Images
 from defenses.bounds import lower, radius
@@ -24,13 +24,15 @@ class Variance(Base):
     """Margin variance, its fitted correlation, and ACR of the first k members with n samples each.
 
     Attributes:
-        n: numbers of estimation draws, increasing; ACR by Clopper-Pearson at each (the fixed estimator).
+        n: numbers of estimation draws, increasing; certificates by Clopper-Pearson at each (the fixed estimator).
+        at: radii at which certified accuracy is reported, in units of sigma.
         n0, alpha: draws to select the class, error probability per image.
         sigma: noise; the defense's own unless given.
     """
 
     kind: Literal["variance"] = "variance"
     n: tuple[int, ...] = Field(min_length=1)
+    at: tuple[Annotated[float, Field(ge=0)], ...] = (1.0, 2.0)
     n0: int = Field(100, ge=1)
     alpha: float = Field(0.001, gt=0, lt=0.5)
     sigma: float | None = Field(None, gt=0)
@@ -96,12 +98,19 @@ class Variance(Base):
         numbers.append(_mean("margin_correlation", one.covariance / one.single_variance, unit="correlation"))
         for k in range(1, len(subject.model.members) + 1):
             for n in self.n:
-                part = rows[(rows.members == k) & (rows.n == n)]
-                bound = lower(part["count"], n, self.alpha)
-                certified = (bound >= 0.5) & (part.prediction == part.label)
-                radii = np.where(certified, radius(np.maximum(bound, 0.5), self._sigma(subject)), 0.0)
-                numbers.append(_mean("acr", radii, unit="l2", members=k, draws=n))
+                numbers += self._certificates(rows[(rows.members == k) & (rows.n == n)], self._sigma(subject), k, n)
         return Outcome(numbers, [])
+
+    def _certificates(self, part: pd.DataFrame, sigma: float, k: int, n: int) -> list[Metric]:
+        """ACR and certified accuracies of the first k members with n draws."""
+        bound = lower(part["count"], n, self.alpha)
+        certified = (bound >= 0.5) & (part.prediction == part.label).to_numpy()
+        radii = np.where(certified, radius(np.maximum(bound, 0.5), sigma), 0.0)
+        found = [_mean("acr", radii, unit="l2", members=k, draws=n)]
+        for at in self.at:
+            hits = certified & (radii >= at * sigma)
+            found.append(share("certified_accuracy", hits, radius=at * sigma, members=k, draws=n))
+        return found
 
 
 def _mean(name: str, values: pd.Series | np.ndarray, **facts: Any) -> Metric:
