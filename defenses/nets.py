@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -231,21 +232,34 @@ TORCHVISION = "torchvision/"
 
 
 def body(name: str, shape: Sequence[int], classes: int) -> nn.Module:
-    """The body of a network, from :data:`ARCHITECTURES` or from torchvision, with weights of torch's choice.
+    """The body of a network, from :data:`ARCHITECTURES` or torchvision's classifiers, with weights of torch's choice.
 
     Raises:
         ValueError: for an unknown architecture; names the nearest.
     """
     if name in ARCHITECTURES:
         return ARCHITECTURES[name](shape, classes)
-    if name.startswith(TORCHVISION):
-        from torchvision.models import get_model, list_models
+    names = list(ARCHITECTURES)
+    if "/" in name:
+        from torchvision import models
 
-        if name.removeprefix(TORCHVISION) in list_models():
-            return get_model(name.removeprefix(TORCHVISION), weights=None, num_classes=classes)
-    near = difflib.get_close_matches(name, ARCHITECTURES, 1)
+        # Without the module, detectors and quantised networks are listed too; some download when they are built.
+        names = [TORCHVISION + known for known in models.list_models(module=models)]
+        if name in names:
+            own = name.removeprefix(TORCHVISION)
+            return models.get_model(own, weights=None, num_classes=classes, **_options(own, shape))
+    near = difflib.get_close_matches(name, names, 1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ValueError(f"unknown architecture {name!r}; {hint}Known are {', '.join(ARCHITECTURES)} and {TORCHVISION}NAME")
+
+
+def _options(name: str, shape: Sequence[int]) -> dict[str, Any]:
+    """What torchvision's constructors otherwise take from the weights they load."""
+    if name in ("googlenet", "inception_v3"):  # trained on [-1, 1], which they make from ImageNet's mean and std
+        return {"transform_input": True, "init_weights": False}
+    if name.startswith("vit_"):
+        return {"image_size": shape[-1]}
+    return {"input_size": tuple(shape[1:])} if name.startswith("maxvit") else {}
 
 
 def network(task: Task, gen: torch.Generator | None = None, architecture: str | None = None) -> Network:
@@ -255,15 +269,18 @@ def network(task: Task, gen: torch.Generator | None = None, architecture: str | 
         task: gives shape, classes, normalisation and, unless overridden, the architecture.
         gen: initialisation; Kaiming normal (fan-out) for convolutions, PyTorch's uniform for linear layers. Without it a
             fixed generator is used, for networks whose weights are loaded afterwards.
-        architecture: a name of :data:`ARCHITECTURES`.
+        architecture: a name of :data:`ARCHITECTURES`, or "torchvision/NAME".
 
     Raises:
         ValueError: for an unknown architecture.
     """
     name = architecture or task.architecture
+    gen = gen or generator(0, "unfitted")
     with torch.random.fork_rng(devices=[]):  # constructors draw their own weights, which are replaced below
+        if name.startswith(TORCHVISION):  # but for kinds that `initialise` does not know, e.g. position embeddings
+            torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=gen)))
         net = Network(Normalise(task.mean, task.std), body(name, task.shape, task.classes), name)
-    initialise(net, gen or generator(0, "unfitted"))
+    initialise(net, gen)
     # Convolutions are faster with channels last, on CPU (measured: 1.3 times for LeNet-5) and on tensor cores.
     return net.to(task.device).to(memory_format=torch.channels_last).eval()
 

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 from defenses.api import Part, Task, Weights, Workshop
@@ -23,6 +24,10 @@ class TorchvisionWeights(Part):
     Attributes:
         architecture: "torchvision/NAME".
         weights: member of the model's weights enum, e.g. "IMAGENET1K_V2".
+
+    Raises (on making):
+        ValueError: for an unknown model or weights, or where they do not fit the task's classes or image size.
+        WeightsAbsent: if the file is neither in the cache nor to be had.
     """
 
     architecture: str
@@ -30,14 +35,9 @@ class TorchvisionWeights(Part):
 
     def make(self, task: Task, needs: Sequence[Weights], workshop: Workshop) -> Weights:
         import torch
-        from torchvision.models import get_model_weights, list_models
 
-        name = self.architecture.removeprefix(TORCHVISION)
-        if name not in list_models():
-            near = difflib.get_close_matches(name, list_models(), 3)
-            raise ValueError(f"torchvision has no model {name!r}; near are {', '.join(near) or 'none'}")
-        found = get_model_weights(name)[self.weights]
-        classes = len(found.meta["categories"])
+        found = self._published()
+        classes = len(found.meta["categories"] or ())  # None: features only, the last layer is not trained
         if classes != task.classes:
             raise ValueError(f"the weights of {self.architecture} know {classes} classes, {task.dataset} has {task.classes}")
         try:
@@ -48,5 +48,27 @@ class TorchvisionWeights(Part):
                 f"{found.url} cannot be downloaded ({error}); put the file {Path(found.url).name} into {place}"
             ) from error
         net = network(task, architecture=self.architecture)
-        net.body.load_state_dict(state)
+        try:
+            net.body.load_state_dict(state)
+        except RuntimeError as error:  # transformers hold an embedding per place of their own image size
+            side = "x".join(map(str, task.shape[1:]))
+            raise ValueError(f"the weights {found} do not fit {self.architecture} for images of {side}: {error}") from error
         return net.state_dict()
+
+    def _published(self) -> Any:
+        """The entry of torchvision's weights enum."""
+        from torchvision import models
+
+        names = models.list_models(module=models)
+        name = self.architecture.removeprefix(TORCHVISION)
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 3)
+            raise ValueError(f"torchvision has no model {name!r}; near are {', '.join(near) or 'none'}")
+        if name == self.architecture:
+            raise ValueError(f"{name!r} is not an architecture of torchvision's; did you mean {TORCHVISION + name!r}?")
+        known = models.get_model_weights(name).__members__
+        if self.weights not in known:
+            near = difflib.get_close_matches(self.weights, known, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"{self.architecture} has no weights {self.weights!r}; {hint}Known are {', '.join(known)}")
+        return known[self.weights]

@@ -124,12 +124,23 @@ def accuracy(net: nn.Module, images: Images, batch: int = 500) -> float:
 @contextmanager
 def _dropout_from(gen: torch.Generator, net: nn.Module) -> Iterator[None]:
     """Dropout layers draw from torch's global generator: seed it from ``gen`` meanwhile, and give it back as it was."""
-    if not any(isinstance(module, nn.modules.dropout._DropoutNd) for module in net.modules()):
+    if not any(_draws(module) for module in net.modules()):
         yield
         return
-    with torch.random.fork_rng(devices=[gen.device] if gen.device.type == "cuda" else []):
-        torch.manual_seed(int(torch.randint(2**62, (), generator=gen, device=gen.device)))
+    cuda = gen.device.type == "cuda"
+    with torch.random.fork_rng(devices=[gen.device] if cuda else []):
+        seed = int(torch.randint(2**62, (), generator=gen, device=gen.device))
+        # torch.manual_seed would reseed every device, and only this one is given back as it was.
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(gen.device):
+                torch.cuda.manual_seed(seed)
         yield
+
+
+def _draws(module: nn.Module) -> bool:
+    """Whether a layer draws numbers in training; torchvision's stochastic depth by its name, to spare the import."""
+    return isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ == "StochasticDepth"
 
 
 def _epoch(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 from attacks.streams import generator
 from defenses.api import Images, Recipe, Task
 from defenses.nets import ARCHITECTURES, initialise, network
-from defenses.training import Trained
+from defenses.training import Trained, _dropout_from
 
 PARAMETERS = {
     "lenet5": 61_706,
@@ -71,7 +73,7 @@ def test_parameters_shape_and_initialisation(name: str) -> None:
         assert torch.equal(logits, same(x)) and not torch.equal(logits, other(x))
 
 
-@pytest.mark.parametrize("name", ["alexnet", "vgg16", "resnet18_dropout", "preactresnet18", "densenet100"])
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_an_answer_does_not_depend_on_the_rest_of_the_batch(name: str) -> None:
     net = network(task(name), generator(3, "init"))
     x = task(name, n=20).train.floats()
@@ -82,14 +84,20 @@ def test_an_answer_does_not_depend_on_the_rest_of_the_batch(name: str) -> None:
     assert name == "densenet100" or torch.equal(whole, part)
 
 
-@pytest.mark.parametrize("name", ["resnet18_dropout", "vgg16", "alexnet"])
+@pytest.mark.parametrize("name", sorted({*PARAMETERS} - {*GREY}))
 def test_tiny_imagenet_s_side_fits(name: str) -> None:
+    own = dataclasses.replace(task(name, 64, n=2), classes=200)
     with torch.inference_mode():
-        assert network(task(name, 64))(task(name, 64).train.floats()).shape == (4, 10)
+        logits = network(own)(own.train.floats())
+    assert logits.shape == (2, 200) and torch.isfinite(logits).all()
 
 
-def test_the_lenet_of_sween_takes_colour_images() -> None:
-    assert network(dataclasses.replace(task("resnet20"), architecture="lenet5"))(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+@pytest.mark.parametrize("name", GREY)
+def test_networks_for_digits_take_colour_images_too(name: str) -> None:
+    """LeNet is a member of SWEEN-7 on CIFAR-10."""
+    own = dataclasses.replace(task("resnet20"), architecture=name)
+    with torch.inference_mode():
+        assert network(own)(own.train.floats()).shape == (4, 10)
 
 
 def test_pre_activation_blocks_pass_their_input_on_unchanged() -> None:
@@ -102,27 +110,90 @@ def test_pre_activation_blocks_pass_their_input_on_unchanged() -> None:
         assert torch.allclose(blocks[0].eval()(x), expected)
 
 
+def test_dropout_of_cear_s_resnet_follows_every_block_and_precedes_the_linear_layer() -> None:
+    layers = list(network(task("resnet18_dropout")).body)
+    after = [type(layers[i - 1]).__name__ for i, layer in enumerate(layers) if isinstance(layer, nn.Dropout)]
+    assert after == ["BasicBlock"] * 8 + ["Flatten"] and isinstance(layers[-1], nn.Linear)
+    assert {layer.p for layer in layers if isinstance(layer, nn.Dropout)} == {0.025}
+
+
 def test_an_unknown_architecture_gets_the_nearest_name() -> None:
     with pytest.raises(ValueError, match=r"did you mean 'resnet1[18]0?'"):
         network(dataclasses.replace(task("resnet20"), architecture="resnet11"))
 
 
-def test_dropout_repeats_with_the_seed_and_leaves_the_global_generator_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def dropping(shape: object, classes: int) -> nn.Module:
-        return nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), nn.Dropout(0.5), nn.Linear(8, classes))
+@pytest.mark.parametrize("given", ["torchvision/resnet19", "torchvison/resnet18"])
+def test_an_unknown_name_of_torchvision_s_gets_the_nearest(given: str) -> None:
+    with pytest.raises(ValueError, match=r"did you mean 'torchvision/resnet1\d+'"):
+        network(task("resnet20"), architecture=given)
 
+
+@pytest.mark.parametrize("name", ["fcn_resnet50", "quantized_resnet18"])
+def test_only_classifiers_of_torchvision_are_architectures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *args, **options: pytest.fail("a download"))
+    with pytest.raises(ValueError, match="unknown architecture"):
+        network(task("resnet20"), architecture=f"torchvision/{name}")
+
+
+@pytest.mark.parametrize("name", ["torchvision/swin_t", "torchvision/squeezenet1_1"])
+def test_torchvision_s_networks_are_initialised_from_the_generator_alone(name: str) -> None:
+    """Swin's position biases are of no kind that ``initialise`` draws."""
+    states = []
+    for world, seed in ((1, 5), (2, 5), (2, 6)):
+        with torch.random.fork_rng():
+            torch.manual_seed(world)
+            before = torch.get_rng_state()
+            states.append(network(task("resnet20"), generator(seed, "init"), name).state_dict())
+            assert torch.equal(torch.get_rng_state(), before)
+    one, same, other = states
+    assert all(torch.equal(one[key], same[key]) for key in one)
+    drawn = [key for key in one if key.endswith(("position_bias_table", "conv.weight", "head.weight", "squeeze.weight"))]
+    assert drawn and not any(torch.equal(one[key], other[key]) for key in drawn)
+
+
+@pytest.mark.parametrize("layer", [lambda: nn.Dropout(0.5), lambda: StochasticDepth(0.5, "row")])
+def test_dropout_repeats_with_the_seed_and_leaves_the_global_generator_alone(
+    layer: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dropping(shape: object, classes: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), layer(), nn.Linear(8, classes))
+
+    # The state of a GPU that the task is not on is not kept, so it must not be seeded.
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeds every GPU"))
     monkeypatch.setitem(ARCHITECTURES, "dropping", dropping)
     own = task("dropping", n=8)
     part = Trained(role="plain", seed=3, architecture="dropping", recipe=own.recipe)
-    torch.manual_seed(1)
+    torch.default_generator.manual_seed(1)
     before = torch.get_rng_state()
     first = part.make(own, [], Nowhere())
     assert torch.equal(torch.get_rng_state(), before)
-    torch.manual_seed(2)
+    torch.default_generator.manual_seed(2)
     again = part.make(own, [], Nowhere())
     assert all(torch.equal(first[name], again[name]) for name in first)
-    monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x)
+    monkeypatch.setattr(type(layer()), "forward", lambda self, x: x)
     assert not torch.equal(part.make(own, [], Nowhere())["body.1.weight"], first["body.1.weight"])
+
+
+@pytest.mark.parametrize(("layer", "draws"), [(nn.Identity(), False), (nn.Dropout(0.1), True), (nn.Dropout2d(0.1), True)])
+def test_only_networks_with_dropout_take_a_number_from_the_epoch_s_generator(layer: nn.Module, draws: bool) -> None:
+    """So that all others train as they did before there was dropout."""
+    gen = generator(3, "train")
+    before = gen.get_state()
+    with _dropout_from(gen, nn.Sequential(nn.Flatten(), layer)):
+        assert torch.equal(gen.get_state(), before) is not draws
+
+
+@pytest.mark.gpu
+def test_dropout_on_a_gpu_repeats_and_leaves_its_global_generator_alone() -> None:
+    drop = nn.Dropout(0.5)
+    x = torch.ones(1000, device="cuda")
+    before = torch.get_rng_state(), torch.cuda.get_rng_state()
+    drawn = []
+    for seed in (1, 1, 2):
+        with _dropout_from(generator(seed, "train", device=x.device), drop):
+            drawn.append(drop(x))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert torch.equal(torch.get_rng_state(), before[0]) and torch.equal(torch.cuda.get_rng_state(), before[1])
 
 
 def test_initialise_reaches_every_weight() -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from urllib.error import URLError
 
 import pytest
 import torch
 import torchvision
+from torch import nn
 
 from attacks.streams import generator
 from defenses.api import Images, Recipe, Task
-from defenses.nets import network
+from defenses.nets import body
 from defenses.pretrained import TorchvisionWeights, WeightsAbsent
 from defenses.smoothed_ensemble import SmoothedEnsemble
 
@@ -33,41 +35,75 @@ class Plain:
         return part.make(self.task, [self.get(need) for need in part.needs], None)
 
 
+def part(architecture: str = "torchvision/resnet18", weights: str = "DEFAULT") -> TorchvisionWeights:
+    return TorchvisionWeights(role="pretrained", seed=0, architecture=architecture, weights=weights)
+
+
 @pytest.fixture
-def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
-    """A ResNet-18 with random weights where torch's hub looks for the published ones."""
+def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], nn.Module]:
+    """Random weights where torch's hub looks for a model's published ones; returns the model as torchvision loads it."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    with torch.random.fork_rng():
-        model = torchvision.models.resnet18(weights=None).eval()
-    url = torchvision.models.ResNet18_Weights.DEFAULT.url
-    place = tmp_path / "hub" / "checkpoints" / url.rsplit("/", 1)[1]
-    place.parent.mkdir(parents=True)
-    torch.save(model.state_dict(), place)
-    return model
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *args, **options: pytest.fail("a download"))
+
+    def put(name: str, **options: object) -> nn.Module:
+        with torch.random.fork_rng():
+            model = torchvision.models.get_model(name, weights=None, **options)
+        url = torchvision.models.get_model_weights(name)["DEFAULT"].url
+        place = tmp_path / "hub" / "checkpoints" / url.rsplit("/", 1)[1]
+        place.parent.mkdir(parents=True)
+        torch.save(model.state_dict(), place)
+        return torchvision.models.get_model(name, weights="DEFAULT").eval()
+
+    return put
 
 
-def test_a_member_answers_as_the_torchvision_model_on_normalised_images(cached: torch.nn.Module) -> None:
+@pytest.mark.parametrize(("name", "options"), [("resnet18", {}), ("googlenet", {"init_weights": False})])
+def test_a_member_answers_as_the_torchvision_model_on_normalised_images(
+    name: str, options: dict[str, object], publish: Callable[..., nn.Module]
+) -> None:
+    """GoogLeNet's published weights know another normalisation, which torchvision's model makes itself."""
+    cached = publish(name, **options)
     own = task()
-    defense = SmoothedEnsemble(architectures=("torchvision/resnet18", "torchvision/resnet18"))
+    defense = SmoothedEnsemble(architectures=(f"torchvision/{name}",) * 2)
     model = defense.build(own)
     defense.fit(model, own, Plain(own), 0)
     x = own.train.floats()
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (own.mean, own.std))
     with torch.inference_mode():
-        assert torch.allclose(model(x), cached((x - mean) / std), atol=1e-4)
+        answer, expected = model(x), cached((x - mean) / std)
+    assert torch.allclose(answer, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_weights_of_another_number_of_classes_are_refused(cached: torch.nn.Module) -> None:
+def test_weights_of_another_number_of_classes_are_refused() -> None:
     with pytest.raises(ValueError, match="know 1000 classes, imagenet has 200"):
-        TorchvisionWeights(role="pretrained", seed=0, architecture="torchvision/resnet18").make(task(200), [], None)
+        part().make(task(200), [], None)
+    with pytest.raises(ValueError, match="know 0 classes, imagenet has 1000"):
+        part("torchvision/vgg16", "IMAGENET1K_FEATURES").make(task(), [], None)
+
+
+def test_transformers_are_built_for_the_task_s_image_size_and_other_weights_are_refused(
+    publish: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.device("meta"):
+        assert body("torchvision/vit_b_32", (3, 64, 64), 10).encoder.pos_embedding.shape == (1, 1 + 4, 768)
+        assert body("torchvision/vit_b_32", (3, 224, 224), 10).encoder.pos_embedding.shape == (1, 1 + 49, 768)
+    state = publish("resnet18").state_dict() | {"conv1.weight": torch.zeros(64, 3, 3, 3)}
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", lambda *args, **options: state)
+    with pytest.raises(ValueError, match=r"(?s)do not fit torchvision/resnet18 for images of 64x64.*conv1"):
+        part().make(task(), [], None)
 
 
 def test_an_unknown_model_gets_the_nearest_names() -> None:
     with pytest.raises(ValueError, match=r"no model 'resnet19'.*resnet18"):
-        TorchvisionWeights(role="pretrained", seed=0, architecture="torchvision/resnet19").make(task(), [], None)
-    with pytest.raises(ValueError, match="unknown architecture"):
-        network(task(), architecture="torchvision/resnet19")
+        part("torchvision/resnet19").make(task(), [], None)
+    with pytest.raises(ValueError, match="did you mean 'torchvision/resnet18'"):
+        part("resnet18").make(task(), [], None)
+
+
+def test_unknown_weights_get_the_nearest_name() -> None:
+    with pytest.raises(ValueError, match=r"no weights 'IMAGENET1K_V7'; did you mean 'IMAGENET1K_V[12]'\? Known are .*DEFAULT"):
+        part("torchvision/resnet50", "IMAGENET1K_V7").make(task(), [], None)
 
 
 def test_offline_the_error_says_which_file_belongs_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,4 +114,4 @@ def test_offline_the_error_says_which_file_belongs_where(tmp_path: Path, monkeyp
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(WeightsAbsent, match=r"put the file resnet18-.*\.pth into .*checkpoints"):
-        TorchvisionWeights(role="pretrained", seed=0, architecture="torchvision/resnet18").make(task(), [], None)
+        part().make(task(), [], None)
