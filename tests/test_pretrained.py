@@ -115,3 +115,12 @@ def test_offline_the_error_says_which_file_belongs_where(tmp_path: Path, monkeyp
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(WeightsAbsent, match=r"put the file resnet18-.*\.pth into .*checkpoints"):
         part().make(task(), [], None)
+
+
+def test_the_key_follows_the_file_that_the_default_stands_for() -> None:
+    def part(weights: str) -> TorchvisionWeights:
+        return TorchvisionWeights(role="pretrained", seed=0, architecture="torchvision/resnet50", weights=weights)
+
+    files = {weights: part(weights).identity(task())["file"] for weights in ("DEFAULT", "IMAGENET1K_V2", "IMAGENET1K_V1")}
+    assert files["DEFAULT"] == files["IMAGENET1K_V2"] != files["IMAGENET1K_V1"]
+    assert part("IMAGENET1K_V1").key(task()) != part("IMAGENET1K_V2").key(task())
