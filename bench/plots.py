@@ -1,4 +1,4 @@
-"""Figures of stored records for a paper: certified accuracy, accuracy against epsilon, training curves; as PDF and PNG."""
+"""Figures of stored records for a paper: certified accuracy, the variance view, accuracy against epsilon, training curves."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bench.metrics import variance_ratio
 from bench.store import Metric, Record, Store
-from bench.tables import certificate
+from bench.tables import certificate, without_sigma
 
 # Okabe & Ito 2008: distinct for colour-blind readers; markers carry the same information in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -33,6 +34,7 @@ def draw(store: Store, suite: str, out: Path) -> list[Path]:
         chosen, suffix = list(group), f"_{budget}" if len(budgets) > 1 else ""
         figures[f"certified{suffix}"] = certified(chosen)
         figures[f"robust{suffix}"] = robust(chosen)
+        figures[f"variance{suffix}"] = variance(chosen)
     files = []
     for name, figure in figures.items():
         if figure is not None:
@@ -44,24 +46,98 @@ def draw(store: Store, suite: str, out: Path) -> list[Path]:
 
 
 def certified(records: list[Record]) -> Figure | None:
-    """Certified accuracy at the radii that were decided, a line a variant: mean over seeds, or one seed with its interval."""
+    """Certified accuracy at the radii that were decided, a panel a sigma, a line a defense: mean over seeds, or one seed."""
     records = [record for record in records if certificate(record)]
     if not records:
         return None
-    figure, (axes,) = _figure(1, records, sorted({certificate(record) for record in records}))
-    for variant, style in _styles(records).items():
-        own = [r for r in records if r.defense["variant"] == variant]
-        kinds = sorted({(r.eval["name"], certificate(r)) for r in own})
-        for index, kind in enumerate(kinds):  # estimators are never averaged: each has a line of its own
-            curves = [r for r in own if (r.eval["name"], certificate(r)) == kind]
+    sigmas = sorted({_sigma(record) for record in records})
+    figure, panels = _figure(len(sigmas), records, sorted({certificate(record) for record in records}))
+    styles = _styles([without_sigma(record.defense["variant"]) for record in records])
+    for axes, sigma in zip(panels, sigmas, strict=True):
+        chosen = [record for record in records if _sigma(record) == sigma]
+        lines = sorted({(without_sigma(r.defense["variant"]), r.eval["name"], certificate(r)) for r in chosen})
+        variants = [line[0] for line in lines]
+        for index, (variant, name, kind) in enumerate(lines):  # estimators are never averaged: each has a line of its own
+            curves = [
+                r
+                for r in chosen
+                if (without_sigma(r.defense["variant"]), r.eval["name"], certificate(r)) == (variant, name, kind)
+            ]
             points = _points([m for r in curves for m in r.metrics if m.metric == "certified_accuracy"], "radius")
-            label = f"{variant}, {curves[0].eval['fields']['estimator']}" if len(kinds) > 1 else variant
-            _line(axes, points, label, {**style, "alpha": 1 - 0.4 * index / len(kinds)})
-    axes.set(xlabel=r"$\ell_2$ radius (pixels in [0, 1])", ylabel="certified accuracy (%)")
-    axes.set_ylim(max(0, axes.get_ylim()[0]), 101)
-    axes.set_xlim(left=0)
-    _legend(axes)
+            several = variants.count(variant) > 1
+            label = f"{variant}, {curves[0].eval['fields']['estimator']}" if several else variant
+            faded = {"alpha": 1 - 0.4 * variants[:index].count(variant) / variants.count(variant)}
+            _line(axes, points, label, {**styles[variant], **faded}, (index, len(lines)))
+        axes.set(xlabel=r"$\ell_2$ radius (pixels in [0, 1])", ylabel="certified accuracy (%)")
+        axes.set_title(rf"$\sigma$ = {sigma:g}" if sigma else "", fontsize=9)
+        axes.set_ylim(max(0, axes.get_ylim()[0]), 101)
+    _legend(figure, panels)
     return figure
+
+
+def _sigma(record: Record) -> float:
+    return float(record.eval["fields"].get("sigma") or 0.0)
+
+
+def variance(records: list[Record]) -> Figure | None:
+    """The variance view, a row a sigma: margin variance against members, ACR against members, members against samples."""
+    records = [r for r in records if r.eval["fields"].get("kind") == "variance" and r.metrics]
+    records.sort(key=lambda record: (_sigma(record), record.defense["variant"], record.seed))
+    if not records:
+        return None
+    figure, panels = _figure(3 * len(records), records, [])
+    for row, record in enumerate(records):
+        left, middle, right = panels[3 * row : 3 * row + 3]
+        _margin(left, record)
+        _radii(middle, record)
+        _samples(right, record)
+        left.set_title(rf"{without_sigma(record.defense['variant'])}, $\sigma$ = {_sigma(record):g}", fontsize=9)
+    return figure
+
+
+def _margin(axes: Axes, record: Record) -> None:
+    """Measured variance of the first k members' margin, and the curve of the fitted correlation."""
+    measured = [m for m in record.metrics if m.metric == "margin_variance_ratio"]
+    zeta = next(m.value for m in record.metrics if m.metric == "margin_correlation_fitted")
+    points: Points = [(m.members or 0, m.value, m.lower, m.upper) for m in measured]
+    _line(axes, points, "measured", {"color": COLOURS[0], "marker": "o", "linestyle": ""})
+    ks = [1 + i * (len(points) - 1) / 50 for i in range(51)]
+    axes.plot(ks, [variance_ratio(k, zeta) for k in ks], color=COLOURS[1], lw=1.3, label=r"$(1 + \zeta (k - 1)) / k$")
+    axes.axhline(zeta, color=BASELINE, lw=1, ls="--", label=rf"$\zeta$ = {zeta:.2f} (fitted)")
+    axes.set(xlabel="members k", ylabel="margin variance (of one member's)", xticks=[m.members for m in measured])
+    axes.set_ylim(0, 1.05 * max(1.0, *(point[1] for point in points)))
+    axes.legend(fontsize=6, frameon=False)
+
+
+def _radii(axes: Axes, record: Record) -> None:
+    """ACR of the first k members at the largest n."""
+    most = max(record.eval["fields"]["n"])
+    chosen = [m for m in record.metrics if m.metric == "acr" and m.draws == most]
+    points: Points = [(m.members or 0, m.value, m.lower, m.upper) for m in chosen]
+    _line(axes, points, f"n = {most}", {"color": COLOURS[0], "marker": "o"})
+    axes.set(xlabel="members k", ylabel=r"average certified radius ($\ell_2$)", xticks=[m.members for m in chosen])
+    axes.legend(fontsize=6, frameon=False)
+
+
+def _samples(axes: Axes, record: Record) -> None:
+    """Certified accuracy at the largest radius asked for: one network with more samples, or more members with few."""
+    found = [m for m in record.metrics if m.metric == "certified_accuracy"]
+    radius = max(m.radius or 0.0 for m in found)
+    least = min(record.eval["fields"]["n"])
+    lines = {
+        "one network, more samples": [m for m in found if m.radius == radius and m.members == 1],
+        f"more members, n = {least}": [m for m in found if m.radius == radius and m.draws == least],
+    }
+    for index, (label, chosen) in enumerate(lines.items()):
+        points: Points = sorted(((m.members or 0) * (m.draws or 0), 100 * m.value, *_percent(m)) for m in chosen)
+        _line(axes, points, label, {"color": COLOURS[1 - index], "marker": MARKERS[index]})
+    axes.set(xlabel="network evaluations per image (k n)", ylabel=f"certified accuracy (%) at {radius:g}")
+    axes.legend(fontsize=6, frameon=False)
+
+
+def _percent(metric: Metric) -> tuple[float | None, float | None]:
+    """The interval in percent."""
+    return tuple(None if end is None else 100 * end for end in (metric.lower, metric.upper))  # type: ignore[return-value]
 
 
 def robust(records: list[Record]) -> Figure | None:
@@ -71,17 +147,17 @@ def robust(records: list[Record]) -> Figure | None:
     if not names:
         return None
     figure, panels = _figure(len(names), attacks, [])
-    styles = _styles(attacks)
+    styles = _styles([record.defense["variant"] for record in attacks])
     for axes, name in zip(panels, names, strict=False):
         shown = [record for record in attacks if record.eval["name"] == name]
-        for variant, style in styles.items():
+        for index, (variant, style) in enumerate(styles.items()):
             numbers = [m for r in shown if r.defense["variant"] == variant for m in r.metrics]
             points = _points([m for m in numbers if m.metric == "robust_accuracy" and m.denominator == "all"], "eps")
-            _line(axes, points, variant, style)
+            _line(axes, points, variant, style, (index, len(styles)))
         norm = {"linf": r"\ell_\infty", "l2": r"\ell_2"}[shown[0].eval["fields"]["norm"]]
         axes.set(title=name.replace("_", " "), xlabel=rf"${norm}$ budget $\epsilon$", ylabel="accuracy (%)", ylim=(-2, 102))
         axes.set_xlim(left=0)
-    _legend(panels[0])
+    _legend(figure, panels)
     return figure
 
 
@@ -108,7 +184,7 @@ def training(folder: Path) -> Figure | None:
     panels[1].set(xlabel="epoch", ylabel="clean validation accuracy (%)")
     for axes in panels:
         _tidy(axes)
-    _legend(panels[1])
+    panels[1].legend(fontsize=7, frameon=False)
     return figure
 
 
@@ -131,27 +207,42 @@ def _points(metrics: list[Metric], place: str) -> Points:
     return points
 
 
-def _line(axes: Axes, points: Points, label: str, style: dict[str, Any]) -> None:
+def _line(axes: Axes, points: Points, label: str, style: dict[str, Any], place: tuple[int, int] = (0, 1)) -> None:
+    """A line with its intervals: a band, or bars beside the points where it is number ``place[0]`` of many (``place[1]``)."""
     if not points:
         return
     xs = [point[0] for point in points]
-    axes.plot(xs, [point[1] for point in points], label=label, ms=4, lw=1.3, **style)
-    band = [(x, low, high) for x, _, low, high in points if low is not None and high is not None]
-    if band:
-        x, low, high = zip(*band, strict=True)
+    axes.plot(xs, [point[1] for point in points], label=label, ms=3.5, lw=1.2, **style)
+    ends = [(x, low, high) for x, _, low, high in points if low is not None and high is not None]
+    if not ends:
+        return
+    x, low, high = zip(*ends, strict=True)
+    index, count = place
+    if count > BANDS:
+        step = xs[1] - xs[0] if len(xs) > 1 else 1.0
+        beside = [value + 0.35 * step * (index / (count - 1) - 0.5) for value in x]
+        axes.vlines(beside, low, high, color=style["color"], alpha=0.4, lw=0.8)
+    else:
         axes.fill_between(x, low, high, color=style["color"], alpha=0.12, lw=0)
 
 
-def _styles(records: list[Record]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of each variant; randomised smoothing, the baseline, is grey and dashed."""
-    variants = sorted({record.defense["variant"] for record in records})
-    baselines = [v for v in variants if v.partition("@")[0] == "randsmooth"]
-    others = [v for v in variants if v not in baselines]
+BANDS = 3
+"""More lines than this get bars for intervals, beside the points: bands on top of each other show nothing."""
+
+
+def _styles(variants: list[str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and dashes of each variant; randomised smoothing, the baseline, is grey and dashed."""
+    names = sorted(set(variants))
+    baselines = [v for v in names if v.partition("@")[0] == "randsmooth"]
+    others = [v for v in names if v not in baselines]
     styles: dict[str, dict[str, Any]] = {}
     for index, variant in enumerate(baselines):
         styles[variant] = {"color": BASELINE, "marker": MARKERS[index % len(MARKERS)], "linestyle": "--"}
     for index, variant in enumerate(others):
-        styles[variant] = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+        turn, place = divmod(index, len(COLOURS))
+        # In a second turn through the colours markers and dashes differ.
+        marker = MARKERS[(place + 3 * turn) % len(MARKERS)]
+        styles[variant] = {"color": COLOURS[place], "marker": marker, "linestyle": ("-", "-.", ":")[turn % 3]}
     return styles
 
 
@@ -168,15 +259,26 @@ def _figure(count: int, records: list[Record], extra: list[str]) -> tuple[Figure
     suites = sorted({f"{r.suite['name']} v{r.suite['version']}, budget {r.suite['budget']}" for r in records})
     images = sorted({f"{r.eval['fields']['images']}" for r in records}, key=int)
     sources = sorted({r.hashes.get("data", "unknown data") for r in records})
-    lines = [f"{', '.join(suites)}; {'/'.join(images)} images of {', '.join(sources)}; bands: 95 % intervals", *extra]
+    lines = [f"{', '.join(suites)}; {'/'.join(images)} images of {', '.join(sources)}; bands and bars: 95 % intervals", *extra]
     figure.supxlabel("\n".join(lines), fontsize=6, color="#444444")
     return figure, panels[:count]
 
 
 def _tidy(axes: Axes) -> None:
+    axes.tick_params(labelsize=8)
+    for text in (axes.xaxis.label, axes.yaxis.label, axes.title):
+        text.set_fontsize(9)
     axes.grid(True, lw=0.4, alpha=0.5)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _legend(axes: Axes) -> None:
-    axes.legend(fontsize=7, frameon=False)
+def _legend(figure: Figure, panels: list[Axes]) -> None:
+    """One legend for all panels: inside the first, or above them where many lines would leave no room."""
+    handles: dict[str, Any] = {}
+    for axes in panels:
+        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if len(handles) <= BANDS:
+        panels[0].legend(fontsize=7, frameon=False)
+        return
+    columns = min(len(handles), 3 if len(panels) == 1 else 5)
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns, fontsize=6.5, frameon=False)

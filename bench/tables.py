@@ -1,4 +1,4 @@
-"""Tables of stored records, one for each suite, version, budget and estimator; every number with its interval."""
+"""Tables of stored records, one for each suite, version, budget, estimator and sigma; every number with its interval."""
 
 from __future__ import annotations
 
@@ -37,14 +37,37 @@ class Table:
 
 
 def summaries(store: Store, suite: str | None = None) -> list[Table]:
-    """All tables of a store, or of one suite. Budgets, suite versions and estimators never share a table."""
-    records = store.records(suite or "*")
-    return [_table(list(group)) for _, group in groupby(sorted(records, key=_block), key=_block)]
+    """All tables of a store, or of one suite. Budgets, suite versions, estimators and sigmas never share a table.
+
+    Where an evaluation makes no sense for a defense there is a record that says so, but no row.
+    """
+    tables = []
+    for _, group in groupby(sorted(store.records(suite or "*"), key=_block), key=_block):
+        records = list(group)
+        sensible = {record.defense["variant"] for record in records if record.status != "skipped"}
+        if sensible:
+            tables.append(_table([record for record in records if record.defense["variant"] in sensible]))
+    return tables
 
 
 def _block(record: Record) -> tuple[Any, ...]:
-    """What the records of one table share; attacks and each kind of certificate have tables of their own."""
-    return (record.suite["name"], record.suite["version"], record.suite["budget"], certificate(record))
+    """What the records of one table share; attacks, certificates and the variance view have tables of their own."""
+    return (record.suite["name"], record.suite["version"], record.suite["budget"], *_kind(record))
+
+
+def _kind(record: Record) -> tuple[str, str, float]:
+    """Kind of the table, how certificates were made, and their sigma."""
+    fields = record.eval["fields"]
+    if fields.get("kind") == "variance":
+        how = f"fixed estimator, n0 = {fields['n0']}, n = {max(fields['n'])}, alpha = {fields['alpha']:g}"
+        return "variance view", how, _sigma(record)
+    how = certificate(record)
+    return ("certified accuracy", how, _sigma(record)) if how else ("accuracy under attack", "", 0.0)
+
+
+def _sigma(record: Record) -> float:
+    """The noise of a certificate, 0 where the evaluation was skipped because there is none."""
+    return float(record.eval["fields"].get("sigma") or 0.0)
 
 
 def certificate(record: Record) -> str:
@@ -55,8 +78,15 @@ def certificate(record: Record) -> str:
     return f"{fields['estimator']} estimator, n0 = {fields['n0']}, n <= {fields['n']}, alpha = {fields['alpha']:g}"
 
 
+def without_sigma(variant: str) -> str:
+    """A variant's label without its sigma, where the heading tells it: "cear_rw@members=3,sigma=0.5" -> "cear_rw@members=3"."""
+    name, _, fields = variant.partition("@")
+    kept = [field for field in fields.split(",") if field and not field.startswith("sigma=")]
+    return f"{name}@{','.join(kept)}" if kept else name
+
+
 def _table(records: list[Record]) -> Table:
-    name, _, budget, kind = _block(records[0])
+    name, _, budget, kind, _, sigma = _block(records[0])
     rows: dict[str, dict[str, Cell]] = {}
     order: dict[tuple[Any, ...], str] = {}
     unfinished: dict[str, list[Record]] = {}
@@ -69,41 +99,59 @@ def _table(records: list[Record]) -> Table:
             key = _key(record, metric)
             if key:
                 row.setdefault(order.setdefault(key, _heading(key, several)), []).append((record, metric))
-    title = f"{name}, {budget}: " + ("certified accuracy" if kind else "accuracy under attack")
+    title = f"{name}, {budget}: {kind}" + (f" at sigma = {sigma:g}" if sigma else "")
     columns = ["defense", "seeds", *(order[key] for key in sorted(order)), "status"]
-    return Table(title, _caption(records, kind), columns, rows, unfinished)
+    return Table(title, _caption(records), columns, rows, unfinished)
 
 
 def _rank(record: Record) -> int:
-    return {"clean": 0, "robust": 1, "certified": 2}.get(record.eval["fields"].get("kind", ""), 3)
+    return {"clean": 0, "robust": 1, "certified": 2, "variance": 3}.get(record.eval["fields"].get("kind", ""), 4)
 
 
 def _key(record: Record, metric: Metric) -> tuple[Any, ...]:
     """Sort key of a number's column, () if the summary leaves it out."""
-    fields, rank = record.eval["fields"], _rank(record)
+    fields, rank, name = record.eval["fields"], _rank(record), record.eval["name"]
+    if fields.get("kind") == "variance":
+        return _variance_key(rank, record, metric)
     if metric.metric == "clean_accuracy":
         return (rank, "", "clean", 0.0)
     if metric.metric == "robust_accuracy" and metric.denominator == "all":
-        return (rank, "", f"{record.eval['name']} {fields.get('norm', '')}", metric.eps)
+        return (rank, "", f"{name} {fields.get('norm', '')}", metric.eps)
     if metric.metric == "certified_accuracy":
-        return (rank, record.eval["name"], "CA", metric.radius)
-    if metric.metric == "acr":
-        return (rank, record.eval["name"], "acr", 0.0)
-    if metric.metric == "draws_per_image":
-        return (rank, record.eval["name"], "draws", 0.0)
+        return (rank, name, "CA", metric.radius)
+    if certificate(record) and metric.metric in _CERTIFIED:
+        return (rank, name, _CERTIFIED[metric.metric], 0.0)
     return ()
+
+
+_CERTIFIED = {"acr": "acr", "draws_per_image": "draws", "evaluations_per_image": "networks"}
+
+
+def _variance_key(rank: int, record: Record, metric: Metric) -> tuple[Any, ...]:
+    """Variance and ACR by members, ACR at the largest n; the figure has the rest."""
+    name = record.eval["name"]
+    if metric.metric == "margin_variance_ratio":
+        return (rank, name, "variance, k =", metric.members)
+    if metric.metric in _CORRELATIONS:
+        return (rank, name, _CORRELATIONS[metric.metric], 0.0)
+    if metric.metric == "acr" and metric.draws == max(record.eval["fields"]["n"]):
+        return (rank, name, "ACR, k =", metric.members)
+    return ()
+
+
+_CORRELATIONS = {"margin_correlation": "zeta", "margin_correlation_fitted": "zeta fitted"}
 
 
 def _heading(key: tuple[Any, ...], several: bool) -> str:
     """Text of a column; a certificate's evaluation is named where a table holds several."""
     _, evaluation, name, value = key
-    text = name if name in ("clean", "acr", "draws") else f"{name} {value:g}"
+    text = name if name in ("clean", *_CERTIFIED.values(), *_CORRELATIONS.values()) else f"{name} {value:g}"
     return f"{evaluation} {text}" if evaluation and several else text
 
 
-def _caption(records: list[Record], kind: str) -> str:
+def _caption(records: list[Record]) -> str:
     first = records[0]
-    name, version, budget, _ = _block(first)
+    name, version, budget, kind, how, _ = _block(first)
     size = "published size" if budget == "paper" else "reduced budget"
     images = sorted({(r.eval["name"], r.eval["fields"]["images"]) for r in records if "images" in r.eval["fields"]})
     sentences = [
@@ -112,9 +160,20 @@ def _caption(records: list[Record], kind: str) -> str:
         "accuracies in percent of all images: one seed with its 95 % interval, or mean ± deviation over training seeds",
         "images: " + ", ".join(f"{evaluation} {count}" for evaluation, count in images),
     ]
-    if kind:
-        sentences.append(f"CA r: certified accuracy at l2 radius r, {kind}; an image counts if its class is right and its ")
-        sentences[-1] += "unrounded radius is at least r"
+    if kind == "certified accuracy":
+        sentences += [
+            how,
+            "CA r: certified accuracy at l2 radius r",
+            "an image counts if its class is right and its unrounded radius is at least r",
+            "draws: noise draws per image; networks: networks asked per image, selection counted",
+        ]
+    if kind == "variance view":
+        sentences += [
+            how,
+            "variance: of the class margin of the first k members' mean logits under noise, as a share of one member's mean",
+            "zeta: correlation of the members' margins; fitted: the zeta whose (1 + zeta (k - 1)) / k is closest",
+            "ACR: average certified radius of the first k members",
+        ]
     return "; ".join(sentences) + "."
 
 
@@ -124,7 +183,7 @@ def _show(cell: Cell | None) -> str:
         return HOLE
     numbers = [metric for _, metric in cell]
     scale = 100.0 if numbers[0].unit == "fraction" else 1.0
-    digits = 1 if scale == 100.0 else (0 if numbers[0].unit == "draws" else 3)
+    digits = 1 if scale == 100.0 else (0 if numbers[0].unit in ("draws", "network evaluations") else 3)
     values = [metric.value * scale for metric in numbers]
     if len(values) > 1:
         return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f} ({len(values)} seeds)"
@@ -140,7 +199,8 @@ def body(table: Table) -> list[list[str]]:
     for variant, cells in sorted(table.rows.items()):
         records = [record for cell in cells.values() for record, _ in cell] + table.unfinished.get(variant, [])
         seeds = ", ".join(map(str, sorted({record.seed for record in records})))
-        lines.append([variant, seeds, *(_show(cells.get(name)) for name in table.columns[2:-1]), _status(records)])
+        shown = without_sigma(variant) if " at sigma = " in table.title else variant
+        lines.append([shown, seeds, *(_show(cells.get(name)) for name in table.columns[2:-1]), _status(records)])
     return lines
 
 

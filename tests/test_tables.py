@@ -169,3 +169,72 @@ def test_drawing_writes_pdf_and_png(store: Store, tmp_path: Path) -> None:
     files = plots.draw(store, "tiny", tmp_path / "out")
     assert [path.name for path in files] == ["certified.pdf", "certified.png", "robust.pdf", "robust.png"]
     assert all(path.stat().st_size > 1000 for path in files)
+
+
+def test_each_sigma_has_a_table_and_a_panel_of_its_own(tmp_path: Path) -> None:
+    made = Store(tmp_path)
+    for sigma in (0.25, 0.5):
+        for name, top in (("randsmooth", 0.8), ("cear_rw", 0.9), ("sween", 0.85), ("cear_gm", 0.7)):
+            one = certified(name + (f"@sigma={sigma}" if sigma != 0.25 else ""), {0.0: top, sigma: top / 2})
+            fields = {**one.eval["fields"], "sigma": sigma}
+            made.write(one.model_copy(update={"eval": {**one.eval, "fields": fields}}))
+    first, second = tables.summaries(made)
+    assert first.title.endswith("sigma = 0.25") and second.title.endswith("sigma = 0.5")
+    assert first.columns[2:-1] == ["CA 0", "CA 0.25"] and second.columns[2:-1] == ["CA 0", "CA 0.5"]
+    assert [row[0] for row in tables.body(second)] == ["cear_gm", "cear_rw", "randsmooth", "sween"]
+    figure = plots.certified(made.records())
+    assert figure is not None
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    assert ["0.25" in axes.get_title() for axes in panels] == [True, False]
+    for axes, end in zip(panels, (0.25, 0.5), strict=True):
+        lines = {line.get_label(): line for line in axes.lines}
+        assert set(lines) == {"randsmooth", "cear_rw", "sween", "cear_gm"}
+        assert lines["cear_rw"].get_xdata().tolist() == [0.0, end]
+        assert lines["cear_rw"].get_ydata().tolist() == pytest.approx([90.0, 45.0])
+    colours = [{line.get_label(): line.get_color() for line in axes.lines} for axes in panels]
+    assert colours[0] == colours[1] and len(set(colours[0].values())) == 4
+    assert len(figure.legends) == 1
+
+
+def view(sigma: float = 0.25) -> Record:
+    """A variance view of two members at n = 10 and 20."""
+    numbers = [Metric(metric="margin_variance_ratio", value=v, n=5, unit="ratio", members=k) for k, v in ((1, 0.9), (2, 0.7))]
+    numbers.append(Metric(metric="margin_correlation_fitted", value=0.4, n=5, unit="correlation"))
+    numbers.append(Metric(metric="margin_correlation", value=0.5, n=5, unit="correlation", lower=0.3, upper=0.6))
+    for k in (1, 2):
+        for n in (10, 20):
+            numbers.append(Metric(metric="acr", value=k / 10 + n / 1000, n=5, unit="l2", members=k, draws=n))
+            numbers.append(Metric(metric="certified_accuracy", value=k * n / 100, n=5, radius=0.5, members=k, draws=n))
+    fields = {"kind": "variance", "n": [10, 20], "n0": 100, "alpha": 0.001, "images": 5, "sigma": sigma}
+    defense = {"name": "smoothed_ensemble", "variant": "smoothed_ensemble", "fields": {}}
+    return record(defense=defense, eval={"name": "variance", "fields": fields}, metrics=numbers)
+
+
+def test_the_variance_view_has_a_table_of_its_own_without_rows_for_those_it_makes_no_sense_for(tmp_path: Path) -> None:
+    made = Store(tmp_path)
+    made.write(view())
+    single = view().model_copy(update={"status": "skipped", "metrics": [], "error": "one network"})
+    made.write(single.model_copy(update={"defense": {"name": "randsmooth", "variant": "randsmooth", "fields": {}}}))
+    made.write(certified("smoothed_ensemble", {0.0: 0.9}))
+    certificate, variance = tables.summaries(made)
+    assert "certified accuracy" in certificate.title and certificate.columns[2:-1] == ["CA 0"]
+    shown = cells(variance)
+    assert {name for name, _ in shown} == {"smoothed_ensemble"}
+    assert variance.columns[2:-1] == ["ACR, k = 1", "ACR, k = 2", "variance, k = 1", "variance, k = 2", "zeta", "zeta fitted"]
+    assert shown["smoothed_ensemble", "ACR, k = 2"] == "0.220"
+    assert shown["smoothed_ensemble", "zeta"] == "0.500 [0.300, 0.600]"
+
+
+def test_the_variance_figure_shows_members_against_samples() -> None:
+    figure = plots.variance([view(0.5), view(0.25)])
+    assert figure is not None
+    left, middle, right, *rest = [axes for axes in figure.axes if axes.get_visible()]
+    assert len(rest) == 3 and "0.25" in left.get_title() and "0.5" in rest[0].get_title()
+    measured, curve, _ = left.lines
+    assert measured.get_ydata().tolist() == [0.9, 0.7]
+    assert curve.get_ydata()[-1] == pytest.approx((1 + 0.4) / 2)
+    assert middle.lines[0].get_ydata().tolist() == pytest.approx([0.12, 0.22])
+    one, many = right.lines
+    assert (one.get_xdata().tolist(), one.get_ydata().tolist()) == ([10, 20], pytest.approx([10.0, 20.0]))
+    assert (many.get_xdata().tolist(), many.get_ydata().tolist()) == ([10, 20], pytest.approx([10.0, 20.0]))
+    assert plots.variance([certified("x", {0.0: 1.0})]) is None
