@@ -16,7 +16,7 @@ from bench.data import DATASETS, Dataset
 from bench.evals import KINDS, Evaluation
 from bench.store import Strict
 from defenses.api import Recipe
-from defenses.nets import ARCHITECTURES, TORCHVISION
+from defenses.nets import check_architectures
 
 BUDGETS = ("smoke", "quick", "paper")
 
@@ -72,8 +72,10 @@ class Suite(Strict):
     def _check(self) -> Suite:
         if self.dataset not in DATASETS:
             raise ValueError(f"dataset: {unknown(self.dataset, DATASETS)}")
-        if self.architecture not in ARCHITECTURES and not self.architecture.startswith(TORCHVISION):
-            raise ValueError(f"architecture: {unknown(self.architecture, ARCHITECTURES)} and {TORCHVISION}NAME")
+        try:
+            check_architectures([self.architecture])
+        except ValueError as error:
+            raise ValueError(f"architecture: {error}") from error
         for role in self.roles:
             if role not in ROLES:
                 raise ValueError(f"roles: {unknown(role, ROLES)}")

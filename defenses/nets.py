@@ -12,7 +12,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from attacks.streams import generator
 from defenses.api import Classifier, Task
+from defenses.foreign import TORCHVISION, classifiers, untrained
 
 
 class Normalise(nn.Module):
@@ -227,39 +227,28 @@ ARCHITECTURES: dict[str, Callable[[Sequence[int], int], nn.Module]] = {
 """(shape (c h w), classes) -> the body of a network, by name."""
 
 
-TORCHVISION = "torchvision/"
-"""Prefix of the names of torchvision's models, e.g. "torchvision/resnet50"."""
-
-
-def body(name: str, shape: Sequence[int], classes: int) -> nn.Module:
-    """The body of a network, from :data:`ARCHITECTURES` or torchvision's classifiers, with weights of torch's choice.
+def check_architectures(names: Sequence[str]) -> None:
+    """Refuse names that are neither in :data:`ARCHITECTURES` nor among torchvision's classifiers.
 
     Raises:
         ValueError: for an unknown architecture; names the nearest.
     """
+    for name in names:
+        known = list(ARCHITECTURES)
+        if "/" in name:
+            known = [TORCHVISION + model for model in classifiers()]
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"unknown architecture {name!r}; {hint}Known are {', '.join(ARCHITECTURES)} and {TORCHVISION}NAME")
+
+
+def body(name: str, shape: Sequence[int], classes: int) -> nn.Module:
+    """The body of a network, from :data:`ARCHITECTURES` or torchvision's classifiers, with weights of torch's choice."""
+    check_architectures([name])
     if name in ARCHITECTURES:
         return ARCHITECTURES[name](shape, classes)
-    names = list(ARCHITECTURES)
-    if "/" in name:
-        from torchvision import models
-
-        # Without the module, detectors and quantised networks are listed too; some download when they are built.
-        names = [TORCHVISION + known for known in models.list_models(module=models)]
-        if name in names:
-            own = name.removeprefix(TORCHVISION)
-            return models.get_model(own, weights=None, num_classes=classes, **_options(own, shape))
-    near = difflib.get_close_matches(name, names, 1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"unknown architecture {name!r}; {hint}Known are {', '.join(ARCHITECTURES)} and {TORCHVISION}NAME")
-
-
-def _options(name: str, shape: Sequence[int]) -> dict[str, Any]:
-    """What torchvision's constructors otherwise take from the weights they load."""
-    if name in ("googlenet", "inception_v3"):  # trained on [-1, 1], which they make from ImageNet's mean and std
-        return {"transform_input": True, "init_weights": False}
-    if name.startswith("vit_"):
-        return {"image_size": shape[-1]}
-    return {"input_size": tuple(shape[1:])} if name.startswith("maxvit") else {}
+    return untrained(name.removeprefix(TORCHVISION), shape, classes)
 
 
 def network(task: Task, gen: torch.Generator | None = None, architecture: str | None = None) -> Network:

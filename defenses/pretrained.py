@@ -10,7 +10,8 @@ from typing import Any
 from urllib.error import URLError
 
 from defenses.api import Part, Task, Weights, Workshop
-from defenses.nets import TORCHVISION, network
+from defenses.foreign import TORCHVISION, classifiers
+from defenses.nets import network
 
 
 class WeightsAbsent(RuntimeError):
@@ -63,7 +64,7 @@ class TorchvisionWeights(Part):
         """The entry of torchvision's weights enum."""
         from torchvision import models
 
-        names = models.list_models(module=models)
+        names = classifiers()
         name = self.architecture.removeprefix(TORCHVISION)
         if name not in names:
             near = difflib.get_close_matches(name, names, 3)

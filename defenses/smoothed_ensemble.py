@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from defenses.api import Classifier, Defense, Part, Parts, Task
 from defenses.combine import Consensus, Majority, Mean, MeanLogits, Rule
 from defenses.ensemble import Ensemble
-from defenses.nets import TORCHVISION, network
+from defenses.foreign import TORCHVISION
+from defenses.nets import check_architectures, network
 from defenses.pretrained import TorchvisionWeights
 from defenses.randsmooth import gaussian
 
@@ -43,6 +44,7 @@ class SmoothedEnsemble(Defense):
     def __post_init__(self) -> None:
         if self.vote not in VOTES:
             raise ValueError(f"unknown vote {self.vote!r}; known are {', '.join(VOTES)}")
+        check_architectures(self.architectures)
         count = len(self.architectures) or self.members
         if not 0 <= self.consensus <= count or count < 1:
             raise ValueError(f"needs members >= 1 and 0 <= consensus <= members, got {count} and {self.consensus}")

@@ -23,8 +23,11 @@ from attacks.streams import Streams, generator
 from defenses.api import Classifier, Defense, Images, Part, Parts, Task, Weights, Workshop
 from defenses.combine import Adaptive, Weighted
 from defenses.ensemble import Ensemble
-from defenses.nets import TORCHVISION, Network, network
+from defenses.nets import Network, check_architectures, network
 from defenses.smoothed_ensemble import assemble, candidates
+
+SWEEN_3 = ("resnet20", "resnet26", "resnet32")
+SWEEN_7 = ("lenet5", "alexnet", "resnet20", "resnet110", "densenet100", "vgg16", "vgg19")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,13 +131,13 @@ class Sween(Defense):
     def __post_init__(self) -> None:
         if self.weighting not in ("learned", "accuracy"):
             raise ValueError(f"unknown weighting {self.weighting!r}; known are learned, accuracy")
+        check_architectures(self.architectures)
         if self.members < 1 or self.weight_images < 1 or self.draws < 1:
             raise ValueError("members, weight_images and draws must be at least 1")
 
     def unsuited(self, task: Task) -> str:
-        small = [name for name in self.architectures if not name.startswith(TORCHVISION)]
-        if small and task.shape[0] != 3:
-            return f"the member set {', '.join(small)} is made for colour images, not {task.dataset}"
+        if self.architectures in (SWEEN_3, SWEEN_7) and task.shape[0] != 3:
+            return f"the paper's member set is made for colour images, not {task.dataset}; give architectures of your own"
         return ""
 
     def build(self, task: Task) -> Ensemble:
@@ -162,5 +165,5 @@ class Sween(Defense):
 
 sween = Sween()
 sween_cear = Sween(weighting="accuracy")
-sween3 = Sween(architectures=("resnet20", "resnet26", "resnet32"))
-sween7 = Sween(architectures=("lenet5", "alexnet", "resnet20", "resnet110", "densenet100", "vgg16", "vgg19"))
+sween3 = Sween(architectures=SWEEN_3)
+sween7 = Sween(architectures=SWEEN_7)

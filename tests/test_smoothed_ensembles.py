@@ -156,12 +156,16 @@ def test_votes_and_variants() -> None:
         SmoothedEnsemble(vote="loud")
     with pytest.raises(ValueError, match="consensus <= members"):
         SmoothedEnsemble(members=3, consensus=4)
+    for kind in (Sween, SmoothedEnsemble):
+        with pytest.raises(ValueError, match="did you mean 'resnet20'"):
+            kind(architectures=("resnet20", "resnt20"))
     with pytest.raises(ValueError, match="known are learned, accuracy"):
         Sween(weighting="guessed")
 
 
 def test_a_member_set_for_colour_images_is_no_part_of_all_on_greyscale_and_skipped_by_name(tiny: Path, tmp_path: Path) -> None:
     assert "colour" in sween3.unsuited(task_of()) and not sween.unsuited(task_of())
+    assert not Sween(architectures=("lenet5", "resnet20")).unsuited(task_of())
     everything = Run(Request(defense="all", suite=str(tiny), runs=tmp_path))
     assert not {"sween3", "sween7"} & {variant.name for variant in everything.variants}
     assert {"sween", "smoothed_ensemble", "cear_rw"} <= {variant.name for variant in everything.variants}

@@ -128,7 +128,7 @@ def _cost(name: str, bench: Bench, alone: dict[str, tuple[float, list[Certificat
         "draws_per_image": draws,
         "networks_per_image": asked,
         "ratio_time": seconds / base[0],
-        "ratio_networks": asked / float(base[1][0].evaluations.double().mean()),
+        "ratio_time_per_draw": seconds / draws / (base[0] / float(base[1][0].draws.double().mean())),
         "ratio_in_the_paper": PAPER[name] / PAPER["randsmooth"] if name in PAPER else None,
     }
 
