@@ -239,3 +239,66 @@ def test_a_pretrained_model_of_the_user_runs_and_its_record_is_found_again(tiny:
     assert [r.status for r in first] == ["success", "success"]
     again = Run(request(tiny, defense=str(mine), only=("clean", "pgd")))
     assert again.missing() == [] and again.execute() == first
+
+
+TWO = '''
+from dataclasses import dataclass
+import torch
+from defenses.api import Classifier, Defense
+
+
+class Bright(Classifier):
+    """Class 3 where the mean pixel exceeds a threshold, else class 5; scale 0 makes all of it NaN."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x):
+        logits = torch.zeros(len(x), 10)
+        score = x.flatten(1).mean(1) - 0.22
+        logits[:, 3], logits[:, 5] = score, -score
+        return logits * self.scale if self.scale else 0 * logits / 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fixed(Defense):
+    scale: float
+    sigma: float = 0.25
+
+    def build(self, task):
+        return Bright(self.scale).eval()
+
+    def fit(self, model, task, parts, seed):
+        pass
+
+
+sound = Fixed(scale=1.0)
+broken = Fixed(scale=0.0)
+louder = Fixed(scale=2.0)
+'''
+
+
+def test_one_broken_model_does_not_spoil_what_is_measured_with_it(tiny: Path) -> None:
+    (tiny.parent / "two.py").write_text(TWO)
+    request = {"suite": str(tiny), "only": ("certified",)}
+    file = str(tiny.parent / "two.py")
+    together = Run(Request(defense=file, runs=tiny.parent / "both", **request)).execute()
+    assert {r.defense["name"]: r.status for r in together} == {"sound": "success", "broken": "error", "louder": "success"}
+    assert "NaN" in next(r.error for r in together if r.status == "error")
+    (alone,) = Run(Request(defense=f"{file}:sound", runs=tiny.parent / "one", **request)).execute()
+    one, other = Store(tiny.parent / "both").rows(together[0]), Store(tiny.parent / "one").rows(alone)
+    assert together[0].defense["name"] == "sound" and one.equals(other)
+
+
+def test_what_is_measured_together_is_not_measured_again_after_an_interruption(tiny: Path) -> None:
+    file, runs = tiny.parent / "two.py", tiny.parent / "runs"
+    file.write_text(TWO)
+    request = {"suite": str(tiny), "only": ("certified",), "runs": runs}
+    Run(Request(defense=f"{file}:sound", **request)).execute()
+    before = (runs / "tiny/sound/quick/seed0/certified.json").read_text()
+    records = Run(Request(defense=f"{file}:sound,{file}:louder", **request)).execute()
+    assert [record.status for record in records] == ["success", "success"]
+    assert (runs / "tiny/sound/quick/seed0/certified.json").read_text() == before
+    assert records[1].cost["measured_together"] == 1
+    assert Store(runs).rows(records[0]).equals(Store(runs).rows(records[1]))  # twice the logits, the same decisions
