@@ -108,7 +108,7 @@ def mixture_loss(w: Tensor, p: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Sween(Defense):
-    """SWEEN.
+    """An ensemble smoothed with weights that are learned on validation images (SWEEN).
 
     Attributes:
         sigma: standard deviation of the noise in pixels, in training and certification.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -12,6 +13,7 @@ from bench import tables
 from bench.registry import resolve
 from bench.store import Store
 from bench.suites import load_suite
+from defenses.bounds import ceiling
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -22,11 +24,22 @@ def test_it_is_short_and_names_no_machine() -> None:
     assert not re.search(r"/(home|root|work)/", README)
 
 
+RESULTS = ROOT / "leaderboards/results"
+SUITES = sorted(path.parent.name for path in RESULTS.glob("*/summary.md"))
+
+
 def test_its_table_is_the_committed_records() -> None:
     shown = README.partition("<!-- table begin -->\n")[2].partition("<!-- table end -->")[0]
-    made = tables.render_all(tables.summaries(Store(ROOT / "leaderboards/results"), "mnist"), "md")
+    made = tables.render_all(tables.summaries(Store(RESULTS), "fashion_mnist"), "md")
     assert shown.strip() == made.strip()
     assert "cear_rw" in shown
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_committed_summary_is_the_committed_records(suite: str) -> None:
+    made = tables.render_all(tables.summaries(Store(RESULTS), suite), "md")
+    assert (RESULTS / suite / "summary.md").read_text().strip() == made.strip()
+    assert f"leaderboards/results/{suite}/summary.md" in README
 
 
 COMMANDS = re.findall(r"bench run [^\n`]*", README)
@@ -50,27 +63,51 @@ def test_every_command_is_documented() -> None:
         assert f"bench {name}" in README, f"README does not show bench {name}"
 
 
-def test_the_committed_training_log_shows_each_part_made_once() -> None:
-    import json
-
-    lines = (ROOT / "leaderboards/results/mnist/parts/log.jsonl").read_text().splitlines()
+@pytest.mark.parametrize(("suite", "sigmas"), [("mnist", 3), ("fashion_mnist", 1)])
+def test_the_committed_training_log_shows_each_part_made_once(suite: str, sigmas: int) -> None:
+    """Eight defenses: one teacher in all; at each sigma five students with and five without variable noise, five on noise."""
+    lines = (RESULTS / suite / "parts/log.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]
     made = [event["role"] for event in events if event["event"] == "made"]
-    assert (made.count("teacher"), made.count("student"), made.count("gaussian")) == (1, 10, 1)
+    counts = (made.count("teacher"), made.count("student"), made.count("gaussian"))
+    assert counts == (1, 10 * sigmas, 5 * sigmas)
     assert len({event["key"] for event in events}) == len(events)
 
 
-def test_no_committed_certificate_passes_its_ceiling_and_accuracies_are_as_promised() -> None:
-    from defenses.bounds import ceiling
+EIGHT = {
+    "randsmooth", "smoothed_ensemble", "sween", "sween_cear", "cear_minus_rw", "cear_minus_gm", "cear_rw", "cear_gm",
+}  # fmt: skip
 
-    store = Store(ROOT / "leaderboards/results")
-    certified = {r.defense["variant"]: r for r in store.records("mnist") if r.eval["name"] == "certified"}
-    assert set(certified) == {"randsmooth", "cear_minus_rw", "cear_minus_gm", "cear_rw", "cear_gm"}
-    for variant, record in certified.items():
-        top = ceiling(0.25, record.eval["fields"]["n"], 0.9 * record.eval["fields"]["alpha"])
-        at = {m.radius: m.value for m in record.metrics if m.metric == "certified_accuracy"}
-        assert all(radius <= top for radius in at if radius is not None)
-        assert store.rows(record).radius.max() <= top
-        assert at[0.0] >= (0.97 if variant == "randsmooth" else 0.95)
-        if variant == "randsmooth":
+
+@pytest.mark.parametrize(("suite", "sigmas"), [("mnist", {0.25, 0.5, 1.0}), ("fashion_mnist", {0.25})])
+def test_no_committed_certificate_passes_its_ceiling_and_all_eight_are_there(suite: str, sigmas: set[float]) -> None:
+    store = Store(RESULTS)
+    certified = [record for record in store.records(suite) if record.eval["name"] == "certified"]
+    shown = {(record.defense["name"], record.eval["fields"]["sigma"]) for record in certified}
+    assert shown == {(name, sigma) for name in EIGHT for sigma in sigmas}
+    for record in certified:
+        fields = record.eval["fields"]
+        top = ceiling(fields["sigma"], fields["n"], 0.9 * fields["alpha"])
+        at = {m.radius: m.value for m in record.metrics if m.metric == "certified_accuracy" and m.radius is not None}
+        values = [at[radius] for radius in sorted(at)]
+        assert max(at) <= top and store.rows(record).radius.max() <= top
+        assert values == sorted(values, reverse=True)
+
+
+def test_committed_certificates_of_mnist_are_as_good_as_promised() -> None:
+    for record in Store(RESULTS).records("mnist"):
+        if record.eval["name"] == "certified" and record.eval["fields"]["sigma"] == 0.25:
+            at = {m.radius: m.value for m in record.metrics if m.metric == "certified_accuracy"}
+            assert at[0.0] >= (0.97 if record.defense["name"] == "randsmooth" else 0.95)
             assert at[0.5] >= 0.88
+
+
+@pytest.mark.parametrize("suite", ["mnist", "fashion_mnist"])
+def test_committed_margins_vary_less_with_members_down_to_their_correlation(suite: str) -> None:
+    views = [record for record in Store(RESULTS).records(suite) if record.eval["name"] == "variance" and record.metrics]
+    assert views
+    for record in views:
+        ratios = {m.members: m.value for m in record.metrics if m.metric == "margin_variance_ratio"}
+        zeta = next(m.value for m in record.metrics if m.metric == "margin_correlation")
+        assert set(ratios) == {1, 2, 3, 4, 5}
+        assert ratios[1] > ratios[3] > ratios[5] > zeta
