@@ -151,7 +151,7 @@ def _heading(key: tuple[Any, ...], several: bool) -> str:
 
 def _caption(records: list[Record]) -> str:
     first = records[0]
-    name, version, budget, kind, how, _ = _block(first)
+    name, version, budget, kind, how, sigma = _block(first)
     size = "published size" if budget == "paper" else "reduced budget"
     images = sorted({(r.eval["name"], r.eval["fields"]["images"]) for r in records if "images" in r.eval["fields"]})
     sentences = [
@@ -162,14 +162,14 @@ def _caption(records: list[Record]) -> str:
     ]
     if kind == "certified accuracy":
         sentences += [
-            how,
+            f"sigma = {sigma:g}, {how}" if sigma else how,
             "CA r: certified accuracy at l2 radius r",
             "an image counts if its class is right and its unrounded radius is at least r",
             "draws: noise draws per image; networks: networks asked per image, selection counted",
         ]
     if kind == "variance view":
         sentences += [
-            how,
+            f"sigma = {sigma:g}, {how}" if sigma else how,
             "variance: of the class margin of the first k members' mean logits under noise, as a share of one member's mean",
             "zeta: correlation of the members' margins; fitted: the zeta whose (1 + zeta (k - 1)) / k is closest",
             "ACR: average certified radius of the first k members",

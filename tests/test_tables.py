@@ -180,6 +180,7 @@ def test_each_sigma_has_a_table_and_a_panel_of_its_own(tmp_path: Path) -> None:
             made.write(one.model_copy(update={"eval": {**one.eval, "fields": fields}}))
     first, second = tables.summaries(made)
     assert first.title.endswith("sigma = 0.25") and second.title.endswith("sigma = 0.5")
+    assert "sigma = 0.25, grid" in tables.render(first, "md") and "sigma = 0.5, grid" in tables.render(second, "latex")
     assert first.columns[2:-1] == ["CA 0", "CA 0.25"] and second.columns[2:-1] == ["CA 0", "CA 0.5"]
     assert [row[0] for row in tables.body(second)] == ["cear_gm", "cear_rw", "randsmooth", "sween"]
     figure = plots.certified(made.records())
