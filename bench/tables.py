@@ -145,8 +145,15 @@ _CORRELATIONS = {"margin_correlation": "zeta", "margin_correlation_fitted": "zet
 def _heading(key: tuple[Any, ...], several: bool) -> str:
     """Text of a column; a certificate's evaluation is named where a table holds several."""
     _, evaluation, name, value = key
-    text = name if name in ("clean", *_CERTIFIED.values(), *_CORRELATIONS.values()) else f"{name} {value:g}"
+    text = name if name in ("clean", *_CERTIFIED.values(), *_CORRELATIONS.values()) else f"{name} {_short(value)}"
     return f"{evaluation} {text}" if evaluation and several else text
+
+
+def _short(value: float) -> str:
+    """0.25 as it is, 0.0313725 as 8/255."""
+    parts = round(value * 255)
+    in_255ths = parts > 0 and abs(value * 255 - parts) < 1e-9 and len(f"{value:g}") > 6
+    return f"{parts}/255" if in_255ths else f"{value:g}"
 
 
 def _caption(records: list[Record]) -> str:

@@ -239,3 +239,11 @@ def test_the_variance_figure_shows_members_against_samples() -> None:
     assert (one.get_xdata().tolist(), one.get_ydata().tolist()) == ([10, 20], pytest.approx([10.0, 20.0]))
     assert (many.get_xdata().tolist(), many.get_ydata().tolist()) == ([10, 20], pytest.approx([10.0, 20.0]))
     assert plots.variance([certified("x", {0.0: 1.0})]) is None
+
+
+def test_budgets_in_255ths_are_shown_as_such(tmp_path: Path) -> None:
+    made = Store(tmp_path)
+    one = attacked("one", 0.5)
+    numbers = [one.metrics[0].model_copy(update={"eps": eps}) for eps in (8 / 255, 0.1, 0.2, 1.0)]
+    made.write(one.model_copy(update={"metrics": numbers}))
+    assert tables.summaries(made)[0].columns[2:-1] == ["pgd linf 8/255", "pgd linf 0.1", "pgd linf 0.2", "pgd linf 1"]
