@@ -155,7 +155,8 @@ def robust(records: list[Record]) -> Figure | None:
             points = _points([m for m in numbers if m.metric == "robust_accuracy" and m.denominator == "all"], "eps")
             _line(axes, points, variant, style, (index, len(styles)))
         norm = {"linf": r"\ell_\infty", "l2": r"\ell_2"}[shown[0].eval["fields"]["norm"]]
-        axes.set(title=name.replace("_", " "), xlabel=rf"${norm}$ budget $\epsilon$", ylabel="accuracy (%)", ylim=(-2, 102))
+        axes.set_title(name.replace("_", " "), fontsize=9)
+        axes.set(xlabel=rf"${norm}$ budget $\epsilon$", ylabel="accuracy (%)", ylim=(-2, 102))
         axes.set_xlim(left=0)
     _legend(figure, panels)
     return figure
@@ -220,7 +221,7 @@ def _line(axes: Axes, points: Points, label: str, style: dict[str, Any], place: 
     index, count = place
     if count > BANDS:
         step = xs[1] - xs[0] if len(xs) > 1 else 1.0
-        beside = [value + 0.35 * step * (index / (count - 1) - 0.5) for value in x]
+        beside = [value + 0.04 * step * (index - (count - 1) / 2) for value in x]
         axes.vlines(beside, low, high, color=style["color"], alpha=0.4, lw=0.8)
     else:
         axes.fill_between(x, low, high, color=style["color"], alpha=0.12, lw=0)
@@ -280,5 +281,6 @@ def _legend(figure: Figure, panels: list[Axes]) -> None:
     if len(handles) <= BANDS:
         panels[0].legend(fontsize=7, frameon=False)
         return
-    columns = min(len(handles), 3 if len(panels) == 1 else 5)
+    room = 13 * figure.get_figwidth()  # letters that fit side by side
+    columns = max(1, min(5, len(handles), int(room / (max(map(len, handles)) + 8))))
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns, fontsize=6.5, frameon=False)
