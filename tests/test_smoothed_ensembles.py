@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy import optimize, stats
+from test_nets import Nowhere
 from torch import Tensor
 
 from attacks.streams import Streams, generator
@@ -35,19 +36,6 @@ from defenses.sween import LearnedWeights, Sween, TrueClassProbabilities, mixtur
 from defenses.variance import Noise, prefixes
 
 EIGHT = (randsmooth, smoothed_ensemble, sween, sween_cear, cear_rw, cear_gm, cear_minus_rw, cear_minus_gm)
-
-
-class Nowhere:
-    """A workshop without a disk."""
-
-    def load(self) -> None:
-        return None
-
-    def save(self, weights: object, state: object) -> None:
-        pass
-
-    def report(self, done: int, total: int, facts: dict[str, float]) -> None:
-        pass
 
 
 def test_eight_defenses_at_one_sigma_share_every_network(tiny: Path, tmp_path: Path) -> None:

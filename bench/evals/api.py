@@ -89,6 +89,30 @@ class Base(Strict, ABC):
         return [slice(start, min(start + size, self.images)) for start in range(0, self.images, size)]
 
 
+class Smoothing(Base, ABC):
+    """Common to evaluations of the smoothed classifier.
+
+    Attributes:
+        n0, alpha: draws to select the class, error probability per image.
+        sigma: noise; the defense's own unless given.
+    """
+
+    n0: int = Field(100, ge=1)
+    alpha: float = Field(0.001, gt=0, lt=0.5)
+    sigma: float | None = Field(None, gt=0)
+
+    def noise(self, subject: Subject) -> float:
+        """Standard deviation of the noise in pixels.
+
+        Raises:
+            Skipped: if neither the evaluation nor the defense has one.
+        """
+        sigma = self.sigma or subject.sigma
+        if sigma is None:
+            raise Skipped("the defense has no noise level of its own; give evals.<name>.sigma to smooth it all the same")
+        return sigma
+
+
 def share(name: str, hits: pd.Series | np.ndarray, **facts: Any) -> Metric:
     """A proportion of images with its Wilson interval."""
     hits = np.asarray(hits, bool)

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from attacks import Streams
 from bench import metrics
-from bench.evals.api import Base, Outcome, Piece, Skipped, Subject, share
+from bench.evals.api import Outcome, Piece, Smoothing, Subject, share
 from bench.store import Metric, Strict
 from defenses.api import Images
 from defenses.bounds import ESTIMATORS, Question, ceiling, grid_up_to
@@ -24,35 +24,25 @@ class Step(Strict):
     step: float = Field(gt=0)
 
 
-class Certified(Base):
+class Certified(Smoothing):
     """Certified accuracy of the smoothed classifier, by Cohen's CERTIFY with a choice of estimator.
 
     Attributes:
         estimator: a name of :data:`defenses.bounds.ESTIMATORS`.
         radii: a step or a list, l2 in pixels.
-        n0, n, alpha: draws to select, draws to estimate, error probability per image.
-        sigma: noise; the defense's own unless given.
+        n: draws to estimate.
     """
 
     kind: Literal["certified"] = "certified"
     estimator: str = "grid"
     radii: Step | tuple[float, ...]
-    n0: int = Field(100, ge=1)
     n: int = Field(100_000, ge=1)
-    alpha: float = Field(0.001, gt=0, lt=0.5)
-    sigma: float | None = Field(None, gt=0)
 
     def check(self, place: str, shape: tuple[int, int, int]) -> None:
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"{place}.estimator: unknown {self.estimator!r}; known are {', '.join(ESTIMATORS)}")
         if not isinstance(self.radii, Step) and (list(self.radii) != sorted(set(self.radii)) or self.radii[0] < 0):
             raise ValueError(f"{place}.radii: must be non-negative and increasing, got {self.radii}")
-
-    def _sigma(self, subject: Subject) -> float:
-        sigma = self.sigma or subject.sigma
-        if sigma is None:
-            raise Skipped("the defense has no noise level of its own; give evals.<name>.sigma to smooth it all the same")
-        return sigma
 
     def _last_alpha(self) -> float:
         """The level at which the last look is made, which sets the ceiling."""
@@ -61,24 +51,24 @@ class Certified(Base):
     def grid(self, subject: Subject) -> tuple[float, ...]:
         """The radii at which accuracies are reported."""
         if isinstance(self.radii, Step):
-            return grid_up_to(self.radii.step, self._sigma(subject), self.n, self._last_alpha())
+            return grid_up_to(self.radii.step, self.noise(subject), self.n, self._last_alpha())
         return self.radii
 
     def resolved(self, subject: Subject) -> dict[str, Any]:
-        return {**self.model_dump(mode="json"), "sigma": self._sigma(subject), "radii": list(self.grid(subject))}
+        return {**self.model_dump(mode="json"), "sigma": self.noise(subject), "radii": list(self.grid(subject))}
 
     def pieces(self, subject: Subject) -> list[Piece]:
-        self._sigma(subject)
+        self.noise(subject)
         return [Piece(rows, {}) for rows in self._slices(10)]
 
     def company(self, subject: Subject) -> Hashable | None:
-        return "certified", self._sigma(subject)
+        return "certified", self.noise(subject)
 
     def measure(self, subjects: Sequence[Subject], images: Images, piece: Piece) -> list[pd.DataFrame]:
         found = certify_together(
             [subject.model for subject in subjects],
             images.floats(),
-            Question(self._sigma(subjects[0]), self.alpha, self.n, self.grid(subjects[0])),
+            Question(self.noise(subjects[0]), self.alpha, self.n, self.grid(subjects[0])),
             n0=self.n0,
             estimator=self.estimator,
             streams=Streams(subjects[0].seed, "certified", ids=images.ids, device=images.pixels.device),
@@ -100,7 +90,7 @@ class Certified(Base):
         ]
 
     def summarise(self, rows: pd.DataFrame, subject: Subject) -> Outcome:
-        top = ceiling(self._sigma(subject), self.n, self._last_alpha())
+        top = ceiling(self.noise(subject), self.n, self._last_alpha())
         if (rows.radius > top * (1 + 1e-12)).any():
             raise ArithmeticError(f"a certified radius {rows.radius.max()} exceeds the ceiling {top}: the certificate is wrong")
         correct = (rows.prediction == rows.label).to_numpy()

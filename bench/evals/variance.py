@@ -11,7 +11,7 @@ from pydantic import Field
 
 from attacks import Streams
 from bench import metrics
-from bench.evals.api import Base, Outcome, Piece, Skipped, Subject, share
+from bench.evals.api import Outcome, Piece, Skipped, Smoothing, Subject, share
 from bench.store import Metric
 from defenses.api import Images
 from defenses.bounds import lower, radius
@@ -20,38 +20,27 @@ from defenses.ensemble import Ensemble
 from defenses.variance import Noise, prefixes
 
 
-class Variance(Base):
+class Variance(Smoothing):
     """Margin variance, its fitted correlation, and ACR of the first k members with n samples each.
 
     Attributes:
         n: numbers of estimation draws, increasing; certificates by Clopper-Pearson at each (the fixed estimator).
         at: radii at which certified accuracy is reported, in units of sigma.
-        n0, alpha: draws to select the class, error probability per image.
-        sigma: noise; the defense's own unless given.
     """
 
     kind: Literal["variance"] = "variance"
     n: tuple[int, ...] = Field(min_length=1)
     at: tuple[Annotated[float, Field(ge=0)], ...] = (1.0, 2.0)
-    n0: int = Field(100, ge=1)
-    alpha: float = Field(0.001, gt=0, lt=0.5)
-    sigma: float | None = Field(None, gt=0)
 
     def check(self, place: str, shape: tuple[int, int, int]) -> None:
         if list(self.n) != sorted(set(self.n)) or self.n[0] < 2:
             raise ValueError(f"{place}.n: must be increasing numbers of at least 2 draws, got {self.n}")
 
-    def _sigma(self, subject: Subject) -> float:
-        sigma = self.sigma or subject.sigma
-        if sigma is None:
-            raise Skipped("the defense has no noise level of its own")
-        return sigma
-
     def resolved(self, subject: Subject) -> dict[str, Any]:
-        return {**self.model_dump(mode="json"), "sigma": self._sigma(subject)}
+        return {**self.model_dump(mode="json"), "sigma": self.noise(subject)}
 
     def pieces(self, subject: Subject) -> list[Piece]:
-        self._sigma(subject)
+        self.noise(subject)
         model = subject.model
         if not isinstance(model, Ensemble) or not isinstance(model.rule, MeanLogits) or len(model.members) < 2:
             raise Skipped("the variance view is of the mean logits of two members or more (smoothed_ensemble)")
@@ -62,7 +51,7 @@ class Variance(Base):
 
     def _measure(self, subject: Subject, images: Images) -> pd.DataFrame:
         streams = Streams(subject.seed, "certified", ids=images.ids, device=images.pixels.device)
-        noise = Noise(self._sigma(subject), self.n, self.n0, 100 if images.pixels.device.type == "cpu" else 1000)
+        noise = Noise(self.noise(subject), self.n, self.n0, 100 if images.pixels.device.type == "cpu" else 1000)
         found = prefixes(subject.model.members, images.floats(), noise, streams)
         rows = []
         for k in range(len(subject.model.members)):
@@ -98,7 +87,7 @@ class Variance(Base):
         numbers.append(_mean("margin_correlation", one.covariance / one.single_variance, unit="correlation"))
         for k in range(1, len(subject.model.members) + 1):
             for n in self.n:
-                numbers += self._certificates(rows[(rows.members == k) & (rows.n == n)], self._sigma(subject), k, n)
+                numbers += self._certificates(rows[(rows.members == k) & (rows.n == n)], self.noise(subject), k, n)
         return Outcome(numbers, [])
 
     def _certificates(self, part: pd.DataFrame, sigma: float, k: int, n: int) -> list[Metric]:
