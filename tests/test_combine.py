@@ -10,7 +10,8 @@ from scipy import optimize
 from torch import Tensor
 
 from attacks.streams import generator
-from defenses.combine import GeometricMedian, LogMean, Mean, MeanLogits, Rule, Weighted, median_weights
+from defenses.combine import GeometricMedian, LogMean, Mean, MeanLogits, Rule, Weighted
+from defenses.median import median_weights
 
 
 def points(*rows: tuple[float, ...]) -> Tensor:
