@@ -13,7 +13,7 @@ from attacks.streams import Streams, drawing, generator
 from defenses.api import Classifier, Images, Recipe, Task
 from defenses.bounds import two_sided
 from defenses.cear import CertifiedAccuracies
-from defenses.combine import median_weights
+from defenses.median import median_weights
 from defenses.nets import network
 from defenses.smoothing import Smoothed, certify, count_votes
 from defenses.training import CrossEntropy, Trained
