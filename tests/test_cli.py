@@ -112,7 +112,9 @@ def test_doctor_looks_at_the_installation(bench, capsys: pytest.CaptureFixture[s
 def test_ctrl_c_keeps_what_was_finished_and_says_so(tiny: Path) -> None:
     tiny.write_text(tiny.read_text().replace("epochs = 2", "epochs = 5000"))
     words = ["run", "--defense", "randsmooth", "--suite", str(tiny), "--runs", str(tiny.parent / "runs"), "--device", "cpu"]
-    code = f"import sys; sys.argv = ['bench', *{words!r}]; from bench.cli import main; main()"
+    # Jobs that a shell runs in the background ignore SIGINT, and so would their children.
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{listen}; import sys; sys.argv = ['bench', *{words!r}]; from bench.cli import main; main()"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=os.environ)
     until = time.monotonic() + 60
     while not list((tiny.parent / "runs").rglob("*.checkpoint")) and time.monotonic() < until:
