@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from bench.metrics import variance_ratio
 from bench.store import Metric, Record, Store
 from bench.tables import certificate, without_sigma
 
-# Okabe & Ito 2008: distinct for colour-blind readers; markers carry the same information in grey.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# Okabe & Ito 2008 without yellow (too faint on white), then indigo, wine and olive of Tol 2021 (muted): distinct for
+# colour-blind readers; markers, one a colour, carry the same information in grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#332288", "#882255", "#999933")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "*", ">")
 BASELINE = "#777777"
 
 
@@ -85,13 +88,16 @@ def variance(records: list[Record]) -> Figure | None:
     records.sort(key=lambda record: (_sigma(record), record.defense["variant"], record.seed))
     if not records:
         return None
-    figure, panels = _figure(3 * len(records), records, [])
+    facts = {"n0 = {n0} draws to select (not in k n), alpha = {alpha:g}".format(**r.eval["fields"]) for r in records}
+    figure, panels = _figure(3 * len(records), records, sorted(facts))
+    seeds = {record.seed for record in records}
     for row, record in enumerate(records):
         left, middle, right = panels[3 * row : 3 * row + 3]
         _margin(left, record)
         _radii(middle, record)
         _samples(right, record)
-        left.set_title(rf"{without_sigma(record.defense['variant'])}, $\sigma$ = {_sigma(record):g}", fontsize=9)
+        seed = f", seed {record.seed}" if len(seeds) > 1 else ""
+        left.set_title(rf"{without_sigma(record.defense['variant'])}, $\sigma$ = {_sigma(record):g}{seed}", fontsize=9)
     return figure
 
 
@@ -104,8 +110,8 @@ def _margin(axes: Axes, record: Record) -> None:
     ks = [1 + i * (len(points) - 1) / 50 for i in range(51)]
     axes.plot(ks, [variance_ratio(k, zeta) for k in ks], color=COLOURS[1], lw=1.3, label=r"$(1 + \zeta (k - 1)) / k$")
     axes.axhline(zeta, color=BASELINE, lw=1, ls="--", label=rf"$\zeta$ = {zeta:.2f} (fitted)")
-    axes.set(xlabel="members k", ylabel="margin variance (of one member's)", xticks=[m.members for m in measured])
-    axes.set_ylim(0, 1.05 * max(1.0, *(point[1] for point in points)))
+    axes.set(xlabel="members k", ylabel="margin variance ratio", xticks=[m.members for m in measured])
+    axes.set_ylim(0, 1.05 * max(1.0, *(end for point in points for end in point[1:] if end is not None)))
     axes.legend(fontsize=6, frameon=False)
 
 
@@ -131,7 +137,10 @@ def _samples(axes: Axes, record: Record) -> None:
     for index, (label, chosen) in enumerate(lines.items()):
         points: Points = sorted(((m.members or 0) * (m.draws or 0), 100 * m.value, *_percent(m)) for m in chosen)
         _line(axes, points, label, {"color": COLOURS[1 - index], "marker": MARKERS[index]})
-    axes.set(xlabel="network evaluations per image (k n)", ylabel=f"certified accuracy (%) at {radius:g}")
+    axes.set(xlabel="network evaluations per image (k n)", ylabel=f"certified accuracy (%) at {radius:g}", xscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.legend(fontsize=6, frameon=False)
 
 
@@ -261,7 +270,8 @@ def _figure(count: int, records: list[Record], extra: list[str]) -> tuple[Figure
     images = sorted({f"{r.eval['fields']['images']}" for r in records}, key=int)
     sources = sorted({r.hashes.get("data", "unknown data") for r in records})
     lines = [f"{', '.join(suites)}; {'/'.join(images)} images of {', '.join(sources)}; bands and bars: 95 % intervals", *extra]
-    figure.supxlabel("\n".join(lines), fontsize=6, color="#444444")
+    letters = int(22 * figure.get_figwidth())  # that fit side by side at this size
+    figure.supxlabel("\n".join(textwrap.fill(line, letters) for line in lines), fontsize=6, color="#444444")
     return figure, panels[:count]
 
 
@@ -281,6 +291,9 @@ def _legend(figure: Figure, panels: list[Axes]) -> None:
     if len(handles) <= BANDS:
         panels[0].legend(fontsize=7, frameon=False)
         return
-    room = 13 * figure.get_figwidth()  # letters that fit side by side
+    room = 16 * figure.get_figwidth()  # letters that fit side by side; a handle takes the room of eight
     columns = max(1, min(5, len(handles), int(room / (max(map(len, handles)) + 8))))
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns, fontsize=6.5, frameon=False)
+    # The legend gets room of its own: taken from the panels, ten lines of it would leave them flat.
+    figure.set_figheight(figure.get_figheight() + 0.15 * -(-len(handles) // columns))
+    place = {"loc": "outside upper center", "ncols": columns, "handlelength": 3.2}
+    figure.legend(handles.values(), handles.keys(), fontsize=6.5, frameon=False, **place)

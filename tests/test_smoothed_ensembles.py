@@ -64,6 +64,8 @@ def test_sween_weights_of_the_worked_example() -> None:
     loss = mixture_loss(w, torch.tensor([[0.9], [0.4], [0.5]], dtype=torch.float64))
     loss.backward()
     assert loss.item() == pytest.approx(0.628609, abs=1e-6)
+    twice = torch.tensor([[0.9, 0.9], [0.4, 0.4], [0.5, 0.5]], dtype=torch.float64)
+    assert mixture_loss(w, twice).item() == pytest.approx(loss.item())  # a mean over images, not a sum
     assert torch.allclose(w.grad, torch.tensor([-0.114583, 0.083333, 0.031250], dtype=torch.float64), atol=1e-6)
 
 

@@ -197,6 +197,28 @@ def test_each_sigma_has_a_table_and_a_panel_of_its_own(tmp_path: Path) -> None:
     assert len(figure.legends) == 1
 
 
+def test_certified_tables_say_what_a_certificate_cost(tmp_path: Path) -> None:
+    made = Store(tmp_path)
+    one = certified("one", {0.0: 0.9})
+    draws = Metric(metric="draws_per_image", value=412.4, n=100, unit="draws")
+    asked = Metric(metric="evaluations_per_image", value=1237.2, n=100, unit="network evaluations")
+    made.write(one.model_copy(update={"metrics": [*one.metrics, asked, draws]}))
+    (table,) = tables.summaries(made)
+    assert table.columns == ["defense", "seeds", "CA 0", "draws", "networks", "status"]
+    assert tables.body(table)[0][3:5] == ["412", "1237"]
+
+
+def test_tables_are_in_the_order_of_sigma_as_a_number_then_defense(tmp_path: Path) -> None:
+    made = Store(tmp_path)
+    for sigma in (10.0, 2.0, 0.5):
+        for name in ("sween@members=3", "cear_rw"):
+            one = certified(f"{name}{',' if '@' in name else '@'}sigma={sigma}", {0.0: 0.9})
+            made.write(one.model_copy(update={"eval": {**one.eval, "fields": {**one.eval["fields"], "sigma": sigma}}}))
+    found = tables.summaries(made)
+    assert [table.title.rpartition(" = ")[2] for table in found] == ["0.5", "2", "10"]
+    assert all([row[0] for row in tables.body(table)] == ["cear_rw", "sween@members=3"] for table in found)
+
+
 def view(sigma: float = 0.25) -> Record:
     """A variance view of two members at n = 10 and 20."""
     numbers = [Metric(metric="margin_variance_ratio", value=v, n=5, unit="ratio", members=k) for k, v in ((1, 0.9), (2, 0.7))]
