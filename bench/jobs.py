@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from bench.evals import Evaluation, Skipped, Subject
 from bench.parts import PartStore
@@ -38,6 +41,11 @@ class Ready:
     job: Job
     blank: Record
     subject: Subject
+
+
+def storage_failed(error: Exception) -> bool:
+    """Whether the disk is at fault, so that nothing can be recorded; a defense that cannot find its files is not that."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 def together(jobs: list[Job]) -> list[list[Job]]:
@@ -94,9 +102,9 @@ class Fitted:
             model = variant.defense.build(self._task)
             variant.defense.fit(model, self._task, PartStore(self._folder, self._task, self._progress), seed)
             model.to(self._task.device).eval()
-        except OSError:
-            raise
         except Exception as error:  # whatever a defense does wrong becomes its record; the others go on
+            if storage_failed(error):
+                raise
             return error
         finally:
             self._progress.prefix = prefix
@@ -108,5 +116,5 @@ def weights_hash(model: Classifier) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"

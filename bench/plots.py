@@ -295,5 +295,5 @@ def _legend(figure: Figure, panels: list[Axes]) -> None:
     columns = max(1, min(5, len(handles), int(room / (max(map(len, handles)) + 8))))
     # The legend gets room of its own: taken from the panels, ten lines of it would leave them flat.
     figure.set_figheight(figure.get_figheight() + 0.15 * -(-len(handles) // columns))
-    place = {"loc": "outside upper center", "ncols": columns, "handlelength": 3.2}
-    figure.legend(handles.values(), handles.keys(), fontsize=6.5, frameon=False, **place)
+    look: dict[str, Any] = {"ncols": columns, "handlelength": 3.2, "fontsize": 6.5, "frameon": False}
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", **look)

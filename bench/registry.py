@@ -112,6 +112,9 @@ def resolve(spec: str, sweep: dict[str, tuple[float, ...]], every: Sequence[str]
                     changes = [{**change, field: value} for change in changes for value in values]
             for change in changes:
                 variant = _variant(name, defense, change, module)
+                other = variants.get(variant.label, variant)
+                if other.module != module:
+                    raise RegistryError(f"{variant.label!r} is asked for from {other.module} and from {module}; rename one")
                 variants[variant.label] = variant
     return list(variants.values())
 

@@ -162,7 +162,6 @@ class Run:
 
     def _evaluate(self, jobs: list[Job], fitted: Fitted) -> None:
         """Do jobs that ask the same question; each leaves a record, whatever happens."""
-        began = time.perf_counter()
         subjects = fitted.take(jobs)
         ready: list[Ready] = []
         for job, subject in zip(jobs, subjects, strict=True):
@@ -172,16 +171,20 @@ class Run:
                 blank = replace_hashes(job.blank, weights=weights_hash(subject.model))
                 self.store.write(blank)
                 ready.append(Ready(job, blank, subject))
-        if not ready:
-            return
+        if ready:
+            self._measure(ready)
+
+    def _measure(self, ready: list[Ready]) -> None:
+        """Measure fitted models together, or, where one of them spoils the common work, each alone."""
+        began = time.perf_counter()
         try:
             tables = self._rows(ready)
         except (OSError, StoreError):
             raise
         except Exception as error:  # a failed evaluation is a stored record; the others go on
-            if len(ready) > 1:  # one of them spoils the common work: alone, the sound ones succeed
+            if len(ready) > 1:
                 for one in ready:
-                    self._evaluate([one.job], fitted)
+                    self._measure([one])
             else:
                 self._failed(ready[0].blank, error)
             return
@@ -204,15 +207,13 @@ class Run:
         self.store.partial(record).discard()
 
     def _failed(self, blank: Record, error: Exception) -> None:
-        """Store that an evaluation makes no sense, or what went wrong."""
+        """Store that an evaluation makes no sense, or what went wrong; finished pieces stay for the next attempt."""
         if isinstance(error, Skipped):
-            record = blank.model_copy(update={"status": "skipped", "error": str(error)})
-        else:
-            self.progress.say(f"{blank.defense['variant']} {blank.eval['name']}: {type(error).__name__}: {error}")
-            text = "".join(traceback.format_exception(error))
-            record = blank.model_copy(update={"status": "error", "error": text})
-        self.store.write(record)
-        self.store.partial(record).discard()
+            self.store.write(blank.model_copy(update={"status": "skipped", "error": str(error)}))
+            return
+        self.progress.say(f"{blank.defense['variant']} {blank.eval['name']}: {type(error).__name__}: {error}")
+        text = "".join(traceback.format_exception(error))
+        self.store.write(blank.model_copy(update={"status": "error", "error": text}))
 
     def _rows(self, ready: list[Ready]) -> list[pd.DataFrame]:
         """All rows of evaluations: pieces on disk are read, the others computed and kept."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from attacks.streams import Streams, generator
 from defenses.api import Classifier, Defense, Images, Part, Parts, Task, Weights, Workshop
+from defenses.cear import robust_weights
 from defenses.combine import Adaptive, Weighted
 from defenses.ensemble import Ensemble
 from defenses.nets import Network, check_architectures, network
@@ -154,8 +155,7 @@ class Sween(Defense):
         if self.weighting == "learned":
             weights = parts.get(LearnedWeights(role="ensemble weights", seed=seed, needs=(answers,)))["weights"]
         else:
-            accuracy = parts.get(answers)["accuracy"]
-            weights = accuracy / accuracy.sum()
+            weights = robust_weights(parts.get(answers)["accuracy"])
         cast(Weighted, cast(Ensemble, model).rule).set(weights)
 
     def facts(self, model: Classifier) -> dict[str, float]:

@@ -226,3 +226,14 @@ class _Pixel(Classifier):
     def predict(self, x: Tensor) -> Tensor:
         self.seen += len(x)
         return (x.flatten(1)[:, 0] > 0.05).long()
+
+
+def test_members_changed_on_their_way_are_asked_as_a_whole() -> None:
+    class Inverted(Ensemble):
+        def member_logits(self, x: Tensor) -> Tensor:
+            return super().member_logits(1 - x)
+
+    ensembles, _, x = family()
+    model = Inverted(ensembles[0].members, Mean()).eval()
+    labels, _ = Panel(x, 100).vote(model, torch.arange(6))
+    assert torch.equal(labels, model.predict(x))

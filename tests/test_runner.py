@@ -302,3 +302,22 @@ def test_what_is_measured_together_is_not_measured_again_after_an_interruption(t
     assert (runs / "tiny/sound/quick/seed0/certified.json").read_text() == before
     assert records[1].cost["measured_together"] == 1
     assert Store(runs).rows(records[0]).equals(Store(runs).rows(records[1]))  # twice the logits, the same decisions
+
+
+def test_a_defense_that_cannot_find_its_files_leaves_a_record_and_the_others_go_on(tiny: Path) -> None:
+    text = (
+        TWO + "\n\n@dataclass(frozen=True, kw_only=True)\nclass Absent(Fixed):\n    def fit(self, model, task, parts, seed):\n"
+    )
+    text += "        open('/nowhere/weights.pt')\n\n\nabsent = Absent(scale=1.0)\n"
+    (tiny.parent / "two.py").write_text(text)
+    names = ",".join(f"{tiny.parent / 'two.py'}:{name}" for name in ("absent", "sound"))
+    absent, sound = Run(Request(defense=names, suite=str(tiny), runs=tiny.parent / "r", only=("certified",))).execute()
+    assert absent.status == "error" and "/nowhere/weights.pt" in absent.error and sound.status == "success"
+
+
+def test_two_files_with_one_name_are_refused(tiny: Path) -> None:
+    for folder in ("a", "b"):
+        (tiny.parent / folder).mkdir()
+        (tiny.parent / folder / "mine.py").write_text(TWO)
+    with pytest.raises(ValueError, match="rename one"):
+        Run(Request(defense=f"{tiny.parent}/a/mine.py:sound,{tiny.parent}/b/mine.py:sound", suite=str(tiny)))
