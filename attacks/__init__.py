@@ -1,24 +1,52 @@
 """Adversarial attacks: maths only, knows torch and nothing of this project."""
 
-from attacks.api import Attack, AttackResult, ContractError
+from attacks.apgd import Apgd, ApgdT
+from attacks.api import Attack, AttackResult
+from attacks.autoattack import AutoAttack
 from attacks.eot import Eot
+from attacks.fab import Fab, FabT
 from attacks.gradient import Bim, Fgsm, Mim, Pgd, RFgsm, ascend
+from attacks.minimum_norm import Ddn, Fmn
+from attacks.oracle import ContractError
+from attacks.square import Square
 from attacks.streams import Streams, drawing
 
-ATTACKS: dict[str, type[Attack]] = {"fgsm": Fgsm, "r_fgsm": RFgsm, "bim": Bim, "pgd": Pgd, "mim": Mim}
+ATTACKS: dict[str, type[Attack]] = {
+    "autoattack": AutoAttack,
+    "apgd": Apgd,
+    "apgd_t": ApgdT,
+    "fab": Fab,
+    "fab_t": FabT,
+    "square": Square,
+    "pgd": Pgd,
+    "fgsm": Fgsm,
+    "r_fgsm": RFgsm,
+    "bim": Bim,
+    "mim": Mim,
+    "ddn": Ddn,
+    "fmn": Fmn,
+}
 """Attacks by the name that suites and the command line use."""
 
 __all__ = [
     "ATTACKS",
+    "Apgd",
+    "ApgdT",
     "Attack",
     "AttackResult",
+    "AutoAttack",
     "Bim",
     "ContractError",
+    "Ddn",
     "Eot",
+    "Fab",
+    "FabT",
     "Fgsm",
+    "Fmn",
     "Mim",
     "Pgd",
     "RFgsm",
+    "Square",
     "Streams",
     "ascend",
     "drawing",

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from attacks.norms import norm
-from attacks.streams import Streams, drawing
-
-Model = Callable[[Tensor], Tensor]
-
-VERDICT_DRAWS = 100
-"""Fresh noise draws whose mean softmax decides for a randomised model (methods 9.2)."""
-
-
-SMALLEST_BATCH = 8
-"""Fewer rows (per CPU thread) are padded to this many: products of fewer rows use other kernels, which round differently."""
-
-
-class ContractError(RuntimeError):
-    """An attack or a model broke a rule that every number relies on; names the rule and by how much."""
+from attacks.norms import norm, per_row
+from attacks.oracle import ContractError, Meter, Model, Oracle, decide
+from attacks.streams import Streams
 
 
 @dataclass(frozen=True)
@@ -36,106 +23,88 @@ class AttackResult:
         x_adv: (n *shape), the image itself where it was already misclassified, else the adversarial or highest-loss point.
         broken: (n) bool, whether the model decides wrongly at ``x_adv``, judged by a fresh evaluation.
         forwards, backwards: (n) int64, model evaluations that the search spent on the image.
+        zeros: (n) int64, gradients among them that were zero in every pixel: a sign of masking.
         distance: (n), length of ``x_adv - x`` in the attack's norm.
+        details: further (n) int64 that only some attacks have, by name; -1 where there is nothing to say.
     """
 
     x_adv: Tensor
     broken: Tensor
     forwards: Tensor
     backwards: Tensor
+    zeros: Tensor
     distance: Tensor
+    details: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Search:
-    """What a subclass's :meth:`Attack.run` returns: the points and the evaluations spent on each image."""
+    """What a subclass's :meth:`Attack.run` returns: a point for each image, and what else it can tell (n) int64."""
 
     x_adv: Tensor
-    forwards: Tensor
-    backwards: Tensor
+    details: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Oracle:
-    """How an attack asks the model for logits: for a randomised model always under the same draws (common random numbers).
+class Best:
+    """The best point of each image so far: an adversarial one where there is any, else the one of the highest score.
 
     Attributes:
-        model: images (n *shape) -> logits (n k).
-        streams: noise of all images of the attack; None for a deterministic model.
-        draws: noise draws per question.
-        average: "loss" returns (draws n k), so that losses are averaged; "probability" returns the log of the mean
-            softmax (n k), the SmoothAdv form for smoothed classifiers (Salman et al. 2019).
+        x_adv: (n *shape), the images themselves at first.
+        score: (n), what the points are compared by; larger is better for the attacker.
+        won: (n) bool, images whose search is over.
     """
 
-    model: Model
-    streams: Streams | None = None
-    draws: int = 1
-    average: str = "loss"
+    def __init__(self, x: Tensor) -> None:
+        self.x_adv = x.clone()
+        self.score = torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
+        self.won = torch.zeros(len(x), dtype=torch.bool, device=x.device)
 
-    @property
-    def randomized(self) -> bool:
-        return self.streams is not None
+    def standing(self) -> Tensor:
+        """Numbers of the images whose search goes on."""
+        return (~self.won).nonzero().flatten()
 
-    @property
-    def cost(self) -> int:
-        """Model evaluations per question."""
-        return self.draws if self.randomized else 1
-
-    def __call__(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Logits of ``x``, the present versions of the attack's images number ``rows``."""
-        # Repeating the first image up to a small batch keeps kernels, and so every bit, independent of who else is asked.
-        threads = torch.get_num_threads() if x.device.type == "cpu" else 1  # a product shares its rows out among them
-        spare = max(0, SMALLEST_BATCH * threads - len(x))
-        if spare:
-            x, rows = torch.cat([x, x[:1].expand(spare, *x.shape[1:])]), torch.cat([rows, rows[:1].expand(spare)])
-        keep = slice(0, len(x) - spare)
-        if self.streams is None:
-            return _no_nan(self.model(x)[keep])
-        streams = self.streams.take(rows)
-        answers = []
-        for draw in range(self.draws):
-            with drawing(self.model, streams.child("draw", draw)):
-                answers.append(self.model(x)[keep])
-        logits = _no_nan(torch.stack(answers))
-        return logits if self.average == "loss" else mean_log_softmax(logits)
-
-
-def _no_nan(answers: Tensor) -> Tensor:
-    # argmax of NaN is an arbitrary class and no loss beats NaN: such a model would pass for robust.
-    if answers.isnan().any():
-        raise ContractError(f"the model returned NaN, in {int(answers.isnan().sum())} of {answers.numel()} numbers")
-    return answers
-
-
-def mean_log_softmax(logits: Tensor) -> Tensor:
-    """log of the mean softmax over the first axis, in log space: (m n k) -> (n k)."""
-    return logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))
-
-
-def decide(model: Model, x: Tensor, streams: Streams | None = None) -> Tensor:
-    """The decision that is scored, labels (n): ``model.predict``, or the mean prediction of a randomised model."""
-    with torch.inference_mode():
-        if getattr(model, "randomized", False):
-            if streams is None:
-                raise ValueError("the model is randomised: pass streams, they provide its noise")
-            rows = torch.arange(len(x))
-            return Oracle(model, streams, VERDICT_DRAWS, "probability")(x, rows).argmax(-1)
-        predict = getattr(model, "predict", None)
-        return Oracle(predict or (lambda images: model(images).argmax(-1)))(x, torch.arange(len(x)))
+    def offer(self, rows: Tensor, points: Tensor, score: Tensor, won: Tensor | None = None) -> None:
+        """Keep what is better. ``rows`` (t) differ from one another; what has won is not changed any more."""
+        better = score > self.score[rows]
+        if won is not None:
+            better = (better | won) & ~self.won[rows]
+            self.won[rows] |= won
+        self.score[rows] = torch.where(better, score, self.score[rows])
+        self.x_adv[rows] = torch.where(per_row(better, points), points, self.x_adv[rows])
 
 
 class Attack(ABC):
-    """A fixed-budget attack. Subclasses are frozen dataclasses with a ``norm`` and an ``eps`` that implement :meth:`run`."""
+    """An attack. Subclasses are frozen dataclasses with a ``norm`` and an ``eps`` that implement :meth:`run`.
+
+    With ``eps`` infinite an attack looks for the nearest adversarial point. Attacks that another library has too have a field
+    ``engine``; what is not "native" is asked of :mod:`attacks.reference`.
+    """
 
     norm: Any
     eps: Any
+
+    @property
+    def foreign(self) -> bool:
+        """Whether another library searches."""
+        return getattr(self, "engine", "native") != "native"
 
     @abstractmethod
     def run(self, oracle: Oracle, x: Tensor, y: Tensor, streams: Streams | None) -> Search:
         """Search around images (n *shape) that the model decides rightly; points must lie in ball and box."""
 
     @final
-    def __call__(self, model: Model, x: Tensor, y: Tensor, streams: Streams | None = None) -> AttackResult:
+    def search(self, oracle: Oracle, x: Tensor, y: Tensor, streams: Streams | None) -> Search:
+        """:meth:`run`, or the same attack of another engine."""
+        if not self.foreign:
+            return self.run(oracle, x, y, streams)
+        from attacks import reference
+
+        return reference.search(self, oracle, x, y, streams)
+
+    @final
+    def __call__(
+        self, model: Model, x: Tensor, y: Tensor, streams: Streams | None = None, queries: int | None = None
+    ) -> AttackResult:
         """Attack a batch of images.
 
         Args:
@@ -143,35 +112,39 @@ class Attack(ABC):
             x: images (n *shape), floating point in [0,1].
             y: true labels (n), int64.
             streams: randomness, one row an image; needed by random starts and by randomised models.
+            queries: forward passes that the search may spend on an image; None is no limit. A verdict costs none.
 
         Raises:
             ValueError: for inputs outside their contract.
             ContractError: if the attack leaves ball or box, returns something non-finite, or changes the model.
         """
         _check_input(model, x, y, streams)
+        if queries is not None and queries < 1:
+            raise ValueError(f"queries must be at least 1, got {queries}")
         before = _fingerprint(model)
         x = x.detach()
         randomized = getattr(model, "randomized", False)
         broken = decide(model, x, streams.child("before") if streams else None) != y
         rest = (~broken).nonzero().flatten()
-        x_adv = x.clone()
-        forwards = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        backwards = torch.zeros_like(forwards)
+        x_adv, details = x.clone(), {}
+        meter = Meter(len(x), x.device, queries)
         if len(rest):
             noise = streams.take(rest) if streams else None
-            oracle = Oracle(model, noise.child("oracle") if noise and randomized else None)
-            found = self.run(oracle, x[rest], y[rest], noise)
+            oracle = Oracle(model, noise.child("oracle") if noise and randomized else None, meter=meter, places=rest)
+            found = self.search(oracle, x[rest], y[rest], noise)
+            meter.check()
             if found.x_adv.shape != x[rest].shape:
                 raise ContractError(f"{self} returned shape {tuple(found.x_adv.shape)} for {tuple(x[rest].shape)}")
             x_adv[rest] = found.x_adv.detach()
-            forwards[rest], backwards[rest] = found.forwards, found.backwards
+            for name, values in found.details.items():
+                details[name] = torch.full_like(y, -1).index_copy_(0, rest, values)
             fresh = noise.child("verdict") if noise else None
             broken[rest] = decide(model, x_adv[rest], fresh) != y[rest]
         distance = norm(self.norm).length(x_adv.double() - x.double()).to(x.dtype)
         self._check_output(x, x_adv)
         if _fingerprint(model) != before:
             raise ContractError(f"{self} changed the model (parameters, gradients or mode)")
-        return AttackResult(x_adv, broken, forwards, backwards, distance)
+        return AttackResult(x_adv, broken, meter.forwards, meter.backwards, meter.zeros, distance, details)
 
     def _check_output(self, x: Tensor, x_adv: Tensor) -> None:
         if not torch.isfinite(x_adv).all():
@@ -188,8 +161,11 @@ class Attack(ABC):
 
 
 def _check_input(model: Model, x: Tensor, y: Tensor, streams: Streams | None) -> None:
-    if not x.is_floating_point() or x.ndim < 2:
-        raise ValueError(f"images must be floating point (n, *shape), got {x.dtype} {tuple(x.shape)}")
+    if x.dtype not in (torch.float32, torch.float64) or x.ndim < 2:
+        raise ValueError(
+            f"images must be float32 or float64 (n, *shape), got {x.dtype} {tuple(x.shape)}; a model of another dtype "
+            "has to cast inside, because 16 bits are too coarse for a point near the edge of a ball"
+        )
     if len(x) == 0:
         raise ValueError("there are no images to attack")
     if y.shape != (len(x),) or y.dtype != torch.int64:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from attacks.api import Attack, Oracle, Search
+from attacks.api import Attack, Search
+from attacks.oracle import Oracle
 from attacks.streams import Streams
 
 AVERAGES = ("loss", "probability")

@@ -7,15 +7,18 @@ Goodfellow et al. 2015 (FGSM), Tramer et al. 2018 (R-FGSM), Kurakin et al. 2017 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-from attacks.api import Attack, ContractError, Oracle, Search
+from attacks.api import Attack, Best, Search
 from attacks.losses import loss as loss_named
+from attacks.losses import targeted as targeted_named
 from attacks.norms import norm as norm_named
+from attacks.norms import per_row
+from attacks.oracle import Oracle
 from attacks.streams import Streams
 
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
@@ -75,17 +78,15 @@ class Walk:
 
 @dataclass
 class Ascent:
-    """Result of :func:`ascend`: the best point, its loss, whether it finished the search, the last point, the costs."""
+    """Result of :func:`ascend`: the best point of each image, its loss, whether it finished the search, and the last point."""
 
     best: Tensor
     loss: Tensor
     finished: Tensor
     last: Tensor
-    forwards: Tensor
-    backwards: Tensor
 
 
-def ascend(objective: Objective, x: Tensor, walk: Walk, start: Tensor | None = None) -> Ascent:
+def ascend(objective: Objective, x: Tensor, walk: Walk, start: Tensor | None = None, oracle: Oracle | None = None) -> Ascent:
     """Raise a per-image objective inside the ball around ``x`` and the box [0,1].
 
     Images that the objective calls finished leave the batch at once. Each step goes along the steepest direction, is clipped
@@ -96,73 +97,64 @@ def ascend(objective: Objective, x: Tensor, walk: Walk, start: Tensor | None = N
         x: centres (n *shape) in [0,1].
         walk: norm, radius, step and number of steps.
         start: first points, inside ball and box; ``x`` itself by default.
+        oracle: whom the objective asks, if it asks one: gradients are counted there, and its limit is kept.
     """
     ball = norm_named(walk.norm)
+    ask = oracle or Oracle(lambda points: points)
     rows = torch.arange(len(x), device=x.device)
     here = x if start is None else start
-    out = Ascent(
-        best=here.detach().clone(),
-        loss=torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device),
-        finished=torch.zeros(len(x), dtype=torch.bool, device=x.device),
-        last=here.detach().clone(),
-        forwards=torch.zeros(len(x), dtype=torch.int64, device=x.device),
-        backwards=torch.zeros(len(x), dtype=torch.int64, device=x.device),
-    )
+    best, last = Best(x), here.detach().clone()
+    best.x_adv = last.clone()
     velocity = torch.zeros_like(x)
     for step in range(walk.steps + 1):
+        affords = ask.affords(rows)
+        if affords is not None:
+            rows, here, velocity = rows[affords], here[affords], velocity[affords]
+        if len(rows) == 0:
+            break
         differentiate = step < walk.steps
         here = here.detach().requires_grad_(differentiate)
         with torch.set_grad_enabled(differentiate):
             loss, finished = objective(here, rows)
-        _record(out, rows, here.detach(), loss.detach().to(out.loss), finished)
+        best.offer(rows, here.detach(), loss.detach().to(x.dtype), finished)
+        last[rows] = here.detach()
         if not differentiate:
             break
         going = slice(None) if finished is None else (~finished).nonzero().flatten()
-        rows = rows[going]
-        if len(rows) == 0:
+        if len(rows[going]) == 0:
             break
-        # One gradient for the rows that go on; summing keeps every image's gradient its own.
-        with torch.enable_grad():  # the caller may have switched it off
-            gradient = torch.autograd.grad(loss[going].sum(), here)[0][going]
-        if gradient.isnan().any():  # sign(NaN) is 0: the attack would stand still and the model pass for robust
-            raise ContractError(f"the gradient is NaN for {int(gradient.flatten(1).isnan().any(1).sum())} images")
-        out.backwards[rows] += 1
-        here, velocity = here.detach()[going], velocity[going]
+        gradient = ask.gradient(loss, here, rows, going)
+        rows, here, velocity = rows[going], here.detach()[going], velocity[going]
         if walk.momentum:
             velocity = walk.momentum * velocity + _l1_normalised(gradient)
             gradient = velocity
         centre = x[rows]
         moved = (here + walk.step * ball.steepest(gradient)).clamp(0, 1)
         here = (centre + ball.project(moved - centre, walk.eps)).clamp(0, 1)
-    return out
-
-
-def _record(out: Ascent, rows: Tensor, points: Tensor, loss: Tensor, finished: Tensor | None) -> None:
-    out.forwards[rows] += 1
-    out.last[rows] = points
-    better = loss > out.loss[rows]
-    if finished is not None:
-        better |= finished
-        out.finished[rows] = finished
-    out.loss[rows] = torch.where(better, loss, out.loss[rows])
-    out.best[rows[better]] = points[better]
+    return Ascent(best.x_adv, best.score, best.won, last)
 
 
 def _l1_normalised(gradient: Tensor) -> Tensor:
     length = gradient.flatten(1).abs().sum(1).clamp_min(torch.finfo(gradient.dtype).tiny)
-    return gradient / length.view(-1, *[1] * (gradient.ndim - 1))
+    return gradient / per_row(length, gradient)
 
 
-def classification(oracle: Oracle, y: Tensor, loss: str) -> Objective:
+def classification(oracle: Oracle, y: Tensor, loss: str, targets: Tensor | None = None) -> Objective:
     """The objective of misclassification: finished when the argmax is wrong.
 
     For a randomised model no image finishes early: a wrong argmax under the attack's own draws proves nothing (methods 9.2).
+
+    Args:
+        oracle: whom to ask.
+        y: true labels (n).
+        loss: a name of :data:`attacks.losses.LOSSES`, or of ``TARGETED`` with targets.
+        targets: classes (n) to be taken for; None: any wrong one.
     """
-    function = loss_named(loss)
+    function = targeted_named(loss) if targets is not None else loss_named(loss)
 
     def objective(points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         logits = oracle(points, rows)
-        losses = function(logits, y[rows])
+        losses = function(logits, y[rows], *([] if targets is None else [targets[rows]]))
         if losses.ndim > 1:
             losses = losses.mean(0)
         return losses, None if oracle.randomized else logits.argmax(-1) != y[rows]
@@ -181,6 +173,7 @@ class Pgd(Attack):
         steps, step, restarts: see :data:`CONVENTIONS`.
         start: a name of :data:`STARTS`.
         momentum: MIM's decay; 0 is plain gradient ascent.
+        engine: "native", or "advertorch" for AdverTorch's attack of the same settings.
     """
 
     norm: str
@@ -191,6 +184,7 @@ class Pgd(Attack):
     restarts: int = 5
     start: str = "random"
     momentum: float = 0.0
+    engine: str = "native"
 
     def __post_init__(self) -> None:
         norm_named(self.norm), loss_named(self.loss)
@@ -209,23 +203,17 @@ class Pgd(Attack):
         return Walk(self.norm, self.eps, step_size(self.step, self.eps, self.steps), self.steps, self.momentum)
 
     def run(self, oracle: Oracle, x: Tensor, y: Tensor, streams: Streams | None) -> Search:
-        best, loss = x.clone(), torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
-        forwards = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        backwards = torch.zeros_like(forwards)
-        rows = torch.arange(len(x), device=x.device)
+        best = Best(x)
         for restart in range(self.restarts):
-            noise = streams.take(rows).child("restart", restart) if streams else None
-            ask = replace(oracle, streams=oracle.streams.take(rows)) if oracle.streams else oracle
-            start = STARTS[self.start](self, x[rows], noise)
-            found = ascend(classification(ask, y[rows], self.loss), x[rows], self.walk(), start)
-            better = found.finished | (found.loss > loss[rows])
-            best[rows[better]], loss[rows[better]] = found.best[better], found.loss[better]
-            forwards[rows] += found.forwards * oracle.cost
-            backwards[rows] += found.backwards * oracle.cost
-            rows = rows[~found.finished]
+            rows = best.standing()
             if len(rows) == 0:
                 break
-        return Search(best, forwards, backwards)
+            noise = streams.take(rows).child("restart", restart) if streams else None
+            ask = oracle.take(rows)
+            start = STARTS[self.start](self, x[rows], noise)
+            found = ascend(classification(ask, y[rows], self.loss), x[rows], self.walk(), start, ask)
+            best.offer(rows, found.best, found.loss, found.finished)
+        return Search(best.x_adv)
 
 
 def _needed(attack: Pgd, streams: Streams | None) -> Streams:

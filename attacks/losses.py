@@ -48,6 +48,49 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
 
 
+def margin_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """z_t - z_y, the margin of one class."""
+    return _of_label(logits, target) - _of_label(logits, y)
+
+
+def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """Targeted difference of logits ratio (Croce & Hein 2020): (z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2).
+
+    Raises:
+        ValueError: with fewer than four classes, where z_(4) does not exist.
+    """
+    if logits.shape[-1] < 4:
+        raise ValueError(f"the targeted DLR loss needs at least 4 classes, the model has {logits.shape[-1]}; use 'margin'")
+    top = logits.topk(4, dim=-1).values
+    return margin_targeted(logits, y, target) / (top[..., 0] - (top[..., 2] + top[..., 3]) / 2 + 1e-12)
+
+
+def cross_entropy_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """log softmax(z)_t."""
+    return _of_label(logits.log_softmax(-1), target)
+
+
+Targeted = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+TARGETED: dict[str, Targeted] = {"ce": cross_entropy_targeted, "margin": margin_targeted, "dlr": dlr_targeted}
+
+CLASSES_NEEDED = {"dlr": 3}
+"""Losses that too few classes do not define; "margin" takes their place."""
+
+CLASSES_NEEDED_TARGETED = {"dlr": 4}
+
+
+def targeted(name: str) -> Targeted:
+    """The targeted loss of that name.
+
+    Raises:
+        ValueError: for a loss that the project does not know.
+    """
+    if name not in TARGETED:
+        raise ValueError(f"unknown targeted loss {name!r}; known are {', '.join(TARGETED)}")
+    return TARGETED[name]
+
+
 def loss(name: str) -> Loss:
     """The loss of that name.
 

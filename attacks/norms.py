@@ -18,19 +18,22 @@ class Norm:
     Attributes:
         name: "linf" or "l2".
         length: (n ...) -> (n), the norm of each row.
-        project: (n ...), radius -> (n ...), each row's nearest point in the ball.
+        dual: (n ...) -> (n), the norm of gradients: how fast a linear function can grow per unit of length.
+        project: (n ...), radius -> (n ...), each row's nearest point in the ball; one radius, or one a row (n).
         steepest: gradient (n ...) -> the direction of norm one that raises a linear function most (0 for a zero gradient).
         start: streams, shape, radius -> (n *shape), a random point of the ball.
     """
 
     name: str
     length: Callable[[Tensor], Tensor]
-    project: Callable[[Tensor, float], Tensor]
+    dual: Callable[[Tensor], Tensor]
+    project: Callable[[Tensor, float | Tensor], Tensor]
     steepest: Callable[[Tensor], Tensor]
     start: Callable[[Streams, Sequence[int], float], Tensor]
 
 
-def _per_row(values: Tensor, like: Tensor) -> Tensor:
+def per_row(values: Tensor, like: Tensor) -> Tensor:
+    """Values (n), shaped so that they meet the rows of ``like`` (n ...)."""
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
@@ -38,30 +41,38 @@ def _l2_length(delta: Tensor) -> Tensor:
     return delta.flatten(1).norm(dim=1)
 
 
-def _l2_project(delta: Tensor, radius: float) -> Tensor:
+def _linf_project(delta: Tensor, radius: float | Tensor) -> Tensor:
+    if isinstance(radius, Tensor):
+        radius = per_row(radius, delta)
+        return torch.minimum(torch.maximum(delta, -radius), radius)
+    return delta.clamp(-radius, radius)
+
+
+def _l2_project(delta: Tensor, radius: float | Tensor) -> Tensor:
     length = _l2_length(delta)
     shrink = (radius / length.clamp_min(torch.finfo(delta.dtype).tiny)).clamp_max(1)
-    return delta * _per_row(shrink, delta)
+    return delta * per_row(shrink, delta)
 
 
 def _l2_steepest(gradient: Tensor) -> Tensor:
-    return gradient / _per_row(_l2_length(gradient) + 1e-12, gradient)
+    return gradient / per_row(_l2_length(gradient) + 1e-12, gradient)
 
 
 def _l2_start(streams: Streams, shape: Sequence[int], radius: float) -> Tensor:
     direction = _l2_steepest(streams.child("direction").normal(shape))
-    return direction * _per_row(streams.child("radius").uniform((1,)).flatten() * radius, direction)
+    return direction * per_row(streams.child("radius").uniform((1,)).flatten() * radius, direction)
 
 
 NORMS: dict[str, Norm] = {
     "linf": Norm(
         name="linf",
         length=lambda delta: delta.flatten(1).abs().amax(1),
-        project=lambda delta, radius: delta.clamp(-radius, radius),
+        dual=lambda gradient: gradient.flatten(1).abs().sum(1),
+        project=_linf_project,
         steepest=torch.sign,
         start=lambda streams, shape, radius: streams.uniform(shape).mul_(2).sub_(1).mul_(radius),
     ),
-    "l2": Norm("l2", _l2_length, _l2_project, _l2_steepest, _l2_start),
+    "l2": Norm("l2", _l2_length, _l2_length, _l2_project, _l2_steepest, _l2_start),
 }
 
 

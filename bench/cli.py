@@ -248,6 +248,6 @@ def main() -> None:
 
 def _code(error: Exception) -> int:
     """2 for a wrong request; 1 where the request was right and the machine failed."""
-    from bench.store import StoreError
+    from bench.partial import StoreError
 
     return WRONG if isinstance(error, ValueError) or (isinstance(error, StoreError) and not error.broken) else FAILED

@@ -11,8 +11,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from bench.partial import write_atomic
 from bench.progress import Progress
-from bench.store import write_atomic
 from defenses.api import Part, Task, Weights
 
 

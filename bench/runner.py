@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ import torch
 from bench import data, environment
 from bench.evals import Evaluation, Skipped, Subject
 from bench.jobs import Fitted, Job, Ready, together, weights_hash
+from bench.partial import StoreError, differences
 from bench.progress import Progress
 from bench.registry import Variant, registered, resolve
-from bench.store import Record, Store, StoreError, differences, write_rows
+from bench.store import Record, Store
 from bench.suites import Suite, SuiteError, load_suite, unknown
 from defenses.api import Classifier, Images, Task
 
@@ -200,7 +201,7 @@ class Run:
         except Exception as error:  # a wrong number is a stored record; the others go on
             self._failed(one.blank, error)
             return
-        write_rows(self.store.path(one.blank).with_suffix(".parquet"), rows)
+        self.store.write_rows(one.blank, rows)
         found = {"metrics": outcome.metrics, "findings": outcome.findings, "facts": facts, "cost": cost}
         record = one.blank.model_copy(update={"status": "success", **found})
         self.store.write(record)
@@ -232,7 +233,8 @@ class Run:
                 new = [place for place in range(len(ready)) if place not in found]
                 if new:
                     images = self.test.take(piece.rows)
-                    made = evaluation.measure([subjects[place] for place in new], images, piece)
+                    asked = [replace(subjects[place], scratch=partials[place].scratch(number)) for place in new]
+                    made = evaluation.measure(asked, images, piece)
                     for place, rows in zip(new, made, strict=True):
                         found[place] = rows
                         partials[place].keep(number, rows)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,25 +11,18 @@ from typing import Any, Literal
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from bench.partial import Partial, StoreError, write_atomic, write_rows
+
 FORMAT = 1
+
+EXAMPLES = ".examples.parquet"
+"""Ending of a record's adversarial examples, which lie beside it and stay out of what is committed."""
 
 COLUMNS = [
     "suite", "budget", "defense", "seed", "members", "eval", "attack", "norm", "eps", "sigma", "radius", "estimator", "draws",
     "denominator", "source", "target", "metric", "value", "n", "lower", "upper", "unit", "status", "warnings", "record",
 ]  # fmt: skip
 """Columns of :meth:`Store.frame`, in order."""
-
-
-class StoreError(RuntimeError):
-    """A run folder cannot be used as it is; says which file, why, and what to do.
-
-    Attributes:
-        broken: the folder failed in the middle of a right request (a full disk), rather than being a wrong one to ask for.
-    """
-
-    def __init__(self, message: str, broken: bool = False) -> None:
-        super().__init__(message)
-        self.broken = broken
 
 
 class Strict(BaseModel):
@@ -107,30 +98,6 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Fields in which two requests differ, in words; empty if they agree."""
-    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    return "; ".join(f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in names)
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write to a temporary name, sync, rename: a reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_rows(path: Path, rows: pd.DataFrame) -> None:
-    """Rows per image as Parquet, atomically."""
-    buffer = io.BytesIO()
-    rows.to_parquet(buffer, index=False, compression="zstd")
-    write_atomic(path, buffer.getvalue())
-
-
 class Store:
     """A folder of records: ``<suite>/<variant>/<budget>/seed<k>/<eval>.json``.
 
@@ -189,6 +156,14 @@ class Store:
                 self.problems.append(str(error))
         return found
 
+    def write_rows(self, record: Record, rows: pd.DataFrame) -> None:
+        """Store rows per image, and, in a file of their own, the adversarial examples in column ``x_adv``."""
+        path = self.path(record)
+        if "x_adv" in rows:
+            write_rows(path.with_suffix(EXAMPLES), rows[["id", "eps", "x_adv"]])
+            rows = rows.drop(columns="x_adv")
+        write_rows(path.with_suffix(".parquet"), rows)
+
     def rows(self, record: Record) -> pd.DataFrame:
         """Rows per image of a finished record."""
         return pd.read_parquet(self.path(record).with_suffix(".parquet"))
@@ -220,7 +195,7 @@ class Store:
     def move_aside(self, record: Record) -> None:
         """Rename everything of a record to a free name; nothing is deleted."""
         path = self.path(record)
-        olds = [path, path.with_suffix(".parquet"), self.partial(record).folder]
+        olds = [path, path.with_suffix(".parquet"), path.with_suffix(EXAMPLES), self.partial(record).folder]
         if not any(old.exists() for old in olds):
             return
         number = next(i for i in range(1, 10_000) if not path.with_suffix(f".json.old{i}").exists())
@@ -257,45 +232,3 @@ class Store:
             yield
         finally:
             lock.close()
-
-
-class Partial:
-    """Finished pieces of an evaluation, a Parquet file each, and the request they belong to."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def open(self, request: dict[str, Any]) -> None:
-        """Begin, or continue what an earlier run left.
-
-        Raises:
-            StoreError: if the pieces belong to another request; names every field that differs.
-        """
-        import json
-
-        note = self.folder / "request.json"
-        text = json.dumps(request, sort_keys=True, indent=1)
-        if note.exists():
-            wrong = differences(json.loads(note.read_text()), json.loads(text))
-            if wrong:
-                raise StoreError(f"{self.folder} holds pieces of another request: {wrong}; use --fresh to move them aside")
-        else:
-            write_atomic(note, text.encode())
-
-    def piece(self, number: int) -> pd.DataFrame | None:
-        """A finished piece, or None. A damaged one counts as missing."""
-        try:
-            return pd.read_parquet(self._path(number))
-        except (OSError, ValueError):
-            return None
-
-    def keep(self, number: int, rows: pd.DataFrame) -> None:
-        """Store a finished piece."""
-        write_rows(self._path(number), rows)
-
-    def discard(self) -> None:
-        """Remove the pieces, after the whole was stored."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f"{number:05d}.parquet"

@@ -29,11 +29,11 @@ ROLES = ("teacher", "student", "gaussian", "plain")
 # images, since the same epochs on a tenth of the images are a tenth of the steps.
 _BUDGET_KEYS = (
     r"architecture|train_images|validation_images|recipe\.(epochs|batch|decay_at)|roles\.\w+\.epochs"
-    r"|sweep\.\w+|evals\.\w+\.(images|n|steps|restarts|eot)"
+    r"|sweep\.\w+|evals\.\w+\.(images|n|steps|restarts|eot|proposals)"
 )
 _BUDGET_TEXT = (
     "architecture, train_images, validation_images, recipe.(epochs|batch|decay_at), roles.*.epochs, sweep.*, "
-    "evals.*.(images|n|steps|restarts|eot)"
+    "evals.*.(images|n|steps|restarts|eot|proposals)"
 )
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from attacks.api import ContractError
+from attacks.oracle import ContractError
 
 Weights = dict[str, Tensor]
 """What a part is: named tensors, a network's state or a few numbers."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from attacks.api import mean_log_softmax
+from attacks.oracle import mean_log_softmax
 from defenses.median import median_weights
 
 Ask = Callable[[int, Tensor], Tensor]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from attacks.api import Oracle
+from attacks.oracle import Oracle
 from defenses.api import Classifier, decided
 from defenses.combine import Rule
 from defenses.nets import Network

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attacks.api import Oracle
+from attacks.oracle import Oracle
 from attacks.streams import Draws, Streams
 from defenses.api import Classifier
 from defenses.bounds import ESTIMATORS, Question, two_sided

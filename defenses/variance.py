@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attacks.api import Oracle
+from attacks.oracle import Oracle
 from attacks.streams import Streams
 from defenses.api import Classifier
 from defenses.smoothing import BLOCK

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn, tensor
 
 from attacks import Bim, Eot, Fgsm, Pgd, Streams
-from attacks.api import VERDICT_DRAWS, Oracle, decide
+from attacks.oracle import VERDICT_DRAWS, Oracle, decide
 from attacks.streams import Draws
 
 INNER = Bim(norm="linf", eps=0.1)

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import tensor
 
-from attacks.api import mean_log_softmax
 from attacks.losses import LOSSES, loss
 from attacks.norms import NORMS, norm
+from attacks.oracle import mean_log_softmax
 from attacks.streams import Streams
 
 LABEL0 = tensor([0])

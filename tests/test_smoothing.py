@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from attacks.api import ContractError
+from attacks.oracle import ContractError
 from attacks.streams import Streams, generator
 from defenses.api import Classifier, Images, Recipe, Task
 from defenses.bounds import ceiling, lower

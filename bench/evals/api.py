@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -23,11 +24,19 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated: a fitted model in eval mode, its own noise level if it has one, and the seed of the evaluation."""
+    """What is evaluated.
+
+    Attributes:
+        model: fitted, in eval mode.
+        sigma: its own noise level, if it has one.
+        seed: of the evaluation.
+        scratch: folder for the unfinished work of one piece.
+    """
 
     model: Classifier
     sigma: float | None
     seed: int
+    scratch: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Literal
 import pandas as pd
 
 from attacks import Streams
-from attacks.api import decide
+from attacks.oracle import decide
 from bench.evals.api import Base, Outcome, Piece, Subject, share
 from defenses.api import Images
 

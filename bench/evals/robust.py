@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 from pydantic import Field
 
-from attacks import ATTACKS, Attack, Eot, Streams
+from attacks import ATTACKS, Attack, AutoAttack, Eot, Streams
+from attacks.checks import CHECKS, inspect
+from attacks.minimum_norm import MinimumNorm
 from attacks.norms import NORMS
+from attacks.oracle import Oracle, decide
+from attacks.reference import check as check_engine
+from attacks.reference import installed
 from bench.evals.api import Base, Number, Outcome, Piece, Skipped, Subject, share
-from bench.store import Metric
+from bench.store import Finding, Metric
 from defenses.api import Images
 from defenses.smoothing import Smoothed
+
+OPTIONS = (
+    "steps", "step", "restarts", "loss", "start", "targets", "proposals", "version", "attacks", "first", "engine",
+)  # fmt: skip
+"""Settings of attacks that a suite may give; an attack has some of them."""
+
+MASKED = 0.01
+"""Share of zero gradients above which gradients are called masked (methods 12.1)."""
+
+HELPS = 0.002
+"""What Square may take off the accuracy after the white-box attacks before it is called a sign of masking (methods 8.10)."""
 
 
 class Robust(Base):
@@ -23,7 +40,11 @@ class Robust(Base):
 
     Attributes:
         attack, norm, eps: the threat; ``eps`` may be fractions such as "8/255".
-        steps, step, restarts, loss, start: settings of the attack, its own defaults where absent.
+        steps, step, restarts, loss, start, targets, proposals, version, attacks, first, engine: settings of the attack, its
+            own defaults where absent; one that it does not have is an error.
+        queries: forward passes allowed per image.
+        nearest: look once for the nearest adversarial point, and read the accuracy at every eps off its distance; so do the
+            minimum-norm attacks, and "fab" if asked to.
         noise: standard deviation of Gaussian noise added to the input at inference ("noisy logits"), or "sigma" for the
             defense's own: then the smoothed classifier is attacked, and judged by its mean prediction.
         eot: noise draws per gradient.
@@ -39,6 +60,14 @@ class Robust(Base):
     restarts: int | None = None
     loss: str | None = None
     start: str | None = None
+    targets: int | None = None
+    proposals: int | None = None
+    version: str | None = None
+    attacks: tuple[str, ...] | None = None
+    first: float | None = None
+    engine: str | None = None
+    queries: int | None = Field(None, ge=1)
+    nearest: bool | None = None
     noise: Number | Literal["sigma"] = 0.0
     eot: int = Field(1, ge=1)
     average: Literal["loss", "probability"] = "loss"
@@ -48,27 +77,50 @@ class Robust(Base):
             raise ValueError(f"{place}.attack: unknown {self.attack!r}; known are {', '.join(ATTACKS)}")
         if self.norm not in NORMS:
             raise ValueError(f"{place}.norm: unknown {self.norm!r}; known are {', '.join(NORMS)}")
+        kind = ATTACKS[self.attack]
+        has = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+        for name in OPTIONS:
+            if getattr(self, name) is not None and name not in has:
+                own = ", ".join(option for option in OPTIONS if option in has)
+                raise ValueError(f"{place}.{name}: {self.attack} has no such setting; it has {own}")
+        if self.nearest is not None and self.nearest != issubclass(kind, MinimumNorm) and not self.attack.startswith("fab"):
+            does = "always" if issubclass(kind, MinimumNorm) else "never"
+            raise ValueError(f"{place}.nearest: {self.attack} {does} looks for the nearest point, got {self.nearest}")
         largest = 1.0 if self.norm == "linf" else math.sqrt(math.prod(shape))
         for eps in self.eps:
             if not 0 < eps <= largest:
                 raise ValueError(
                     f"{place}.eps: {eps:g} is out of range; in {self.norm} 0 < eps <= {largest:g} (pixels in [0,1])"
                 )
-        self.attacker(self.eps[0])
+        check_engine(self._plain(self.eps[0]))
 
-    def attacker(self, eps: float) -> Attack:
-        """The attack at one budget."""
+    @property
+    def looks_for_nearest(self) -> bool:
+        """Whether one search serves all eps."""
+        return issubclass(ATTACKS[self.attack], MinimumNorm) if self.nearest is None else self.nearest
+
+    def _plain(self, eps: float) -> Attack:
+        """The attack at one budget, without expectation over noise."""
         kind = ATTACKS[self.attack]
-        given = {f.name: getattr(self, f.name, None) for f in fields(kind) if f.name not in ("norm", "eps")}  # type: ignore[arg-type]
-        options = {name: value for name, value in given.items() if value is not None}
-        attack = kind(norm=self.norm, eps=eps, **options)  # type: ignore[call-arg]
+        has = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+        options = {name: value for name in OPTIONS if name in has and (value := getattr(self, name)) is not None}
+        return kind(norm=self.norm, eps=eps, **options)  # type: ignore[call-arg]
+
+    def attacker(self, eps: float, scratch: Path | None = None) -> Attack:
+        """The attack at one budget; a cascade keeps its unfinished work in a folder, if there is one."""
+        attack = self._plain(eps)
+        if isinstance(attack, AutoAttack) and scratch:
+            attack = replace(attack, state=scratch)
         return Eot(attack, self.eot, self.average) if self.noise else attack
 
     def resolved(self, subject: Subject) -> dict[str, Any]:
-        attack = self.attacker(self.eps[0])
-        inner = attack.inner if isinstance(attack, Eot) else attack
-        defaults = {f.name: getattr(inner, f.name) for f in fields(inner) if f.name != "eps"}  # type: ignore[arg-type]
-        return {**self.model_dump(mode="json"), **defaults, "noise": self._sigma(subject)}
+        plain = self._plain(self.eps[0])
+        skip = ("eps", "state", "batch")
+        defaults = {f.name: getattr(plain, f.name) for f in fields(plain) if f.name not in skip}  # type: ignore[arg-type]
+        engine = {"engine_version": installed()[self.engine]} if self.engine in installed() else {}
+        given = {name: value for name, value in self.model_dump(mode="json").items() if value is not None}
+        resolved = {**given, **defaults, **engine, "noise": self._sigma(subject), "nearest": self.looks_for_nearest}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in resolved.items()}
 
     def _sigma(self, subject: Subject) -> float:
         if self.noise != "sigma":
@@ -79,7 +131,10 @@ class Robust(Base):
 
     def pieces(self, subject: Subject) -> list[Piece]:
         self._sigma(subject)
-        return [Piece(rows, {"eps": eps}) for eps in self.eps for rows in self._slices(100)]
+        # A cascade takes minutes per image on a large network: smaller pieces lose less.
+        size = 20 if ATTACKS[self.attack] is AutoAttack else 100
+        budgets = (math.inf,) if self.looks_for_nearest else self.eps
+        return [Piece(rows, {"eps": eps}) for eps in budgets for rows in self._slices(size)]
 
     def measure(self, subjects: Sequence[Subject], images: Images, piece: Piece) -> list[pd.DataFrame]:
         return [self._measure(subject, images, piece) for subject in subjects]
@@ -89,29 +144,100 @@ class Robust(Base):
         model = Smoothed(subject.model, sigma).eval() if sigma else subject.model
         eps = piece.setting["eps"]
         streams = Streams(subject.seed, self.attack, self.norm, ids=images.ids, device=images.pixels.device)
-        result = self.attacker(eps)(model, images.floats(), images.labels, streams)
-        return pd.DataFrame(
-            {
-                "id": images.ids.cpu(),
-                "label": images.labels.cpu(),
-                "eps": eps,
-                # The contract of attacks: an image that was wrong before costs nothing, any other at least one forward.
-                "clean_correct": (result.forwards > 0).cpu(),
-                "broken": result.broken.cpu(),
-                "distance": result.distance.double().cpu(),
-                "forwards": result.forwards.cpu(),
-                "backwards": result.backwards.cpu(),
-            }
-        )
+        x, y = images.floats(), images.labels
+        result = self.attacker(eps, subject.scratch)(model, x, y, streams, self.queries)
+        rounded = (result.x_adv * 255).round() / 255
+        columns: dict[str, Any] = {
+            "id": images.ids.cpu(),
+            "label": y.cpu(),
+            "eps": eps,
+            # The contract of attacks: an image that was wrong before costs nothing, any other at least one forward.
+            "clean_correct": (result.forwards > 0).cpu(),
+            "broken": result.broken.cpu(),
+            "broken_8bit": (decide(model, rounded, streams.child("8 bit")) != y).cpu(),
+            "distance": result.distance.double().cpu(),
+            **{name: getattr(result, name).cpu() for name in ("forwards", "backwards", "zeros")},
+            **{name: values.cpu() for name, values in result.details.items()},
+            "x_adv": [point.numpy().tobytes() for point in result.x_adv.float().cpu()],
+        }
+        if ATTACKS[self.attack] is AutoAttack:
+            columns |= {name: mask.cpu() for name, mask in inspect(model, x, y, streams).items()}
+            # What the plan of the cascade depends on.
+            columns["classes"] = Oracle(model, streams if model.randomized else None).classes(x)
+            columns["declared"] = model.randomized
+        return pd.DataFrame(columns)
 
     def summarise(self, rows: pd.DataFrame, subject: Subject) -> Outcome:
-        numbers = []
+        numbers: list[Metric] = []
         for eps in self.eps:
-            part = rows[rows.eps == eps]
-            stands = ~part.broken
+            part = rows if self.looks_for_nearest else rows[rows.eps == eps]
+            near = part.distance <= (eps if self.looks_for_nearest else math.inf)  # rounding puts points a hair beyond eps
+            stands, right = ~(part.broken & near), part.clean_correct
             numbers.append(share("robust_accuracy", stands, eps=eps, denominator="all"))
-            if part.clean_correct.any():
-                numbers.append(share("robust_accuracy", stands[part.clean_correct], eps=eps, denominator="clean_correct"))
-            spent = float((part.forwards + part.backwards).mean())
-            numbers.append(Metric(metric="evaluations_per_image", value=spent, n=len(part), unit="evaluations", eps=eps))
-        return Outcome(numbers, [])
+            if right.any():
+                numbers.append(share("robust_accuracy", stands[right], eps=eps, denominator="clean_correct"))
+            numbers.append(share("robust_accuracy_8bit", ~(part.broken_8bit & near), eps=eps, denominator="all"))
+            if "broken_by" in part:
+                numbers += self._after_each(part, eps)
+            if not self.looks_for_nearest:
+                numbers.append(_spent(part, eps))
+        if self.looks_for_nearest:
+            numbers.append(_spent(rows, None))
+            found = rows[rows.clean_correct & rows.broken].distance
+            if len(found):
+                middle = float(found.median())
+                numbers.append(Metric(metric="median_distance", value=middle, n=len(found), unit=f"pixels, {self.norm}"))
+        return Outcome(numbers, self._findings(rows))
+
+    def _components(self, classes: int, randomized: bool) -> list[str]:
+        attack = self._plain(self.eps[0])
+        return [name for name, _ in attack.plan(classes, randomized).components] if isinstance(attack, AutoAttack) else []
+
+    def _after_each(self, part: pd.DataFrame, eps: float) -> list[Metric]:
+        """Accuracy after each component of a cascade."""
+        names = self._components(int(part.classes.iloc[0]), bool(self.noise) or bool(part.declared.iloc[0]))
+        wrong = ~part.clean_correct
+        return [
+            share("robust_accuracy_after", ~(wrong | part.broken_by.between(0, number)), eps=eps, source=name)
+            for number, name in enumerate(names)
+        ]
+
+    def _findings(self, rows: pd.DataFrame) -> list[Finding]:
+        """What the attack itself noticed of masking."""
+        found = []
+        steps = int(rows.backwards.sum())
+        if steps and rows.zeros.sum() / steps > MASKED:
+            part = float(rows.zeros.sum() / steps)
+            detail = (
+                f"{part:.1%} of the gradients were zero in every pixel: gradient attacks are blind, and their numbers too high"
+            )
+            images = rows[rows.zeros > 0].id.unique()[:20].tolist()
+            found.append(Finding(kind="zero_gradients", detail=detail, evidence={"share": part, "images": images}))
+        for name, text in CHECKS.items():
+            if name in rows and rows[name].any():
+                hit = rows[rows[name]].id.unique()
+                evidence = {"images": hit[:20].tolist(), "count": len(hit)}
+                found.append(Finding(kind=name, detail=f"{len(hit)} images: {text}", evidence=evidence))
+        return found + self._of_cascade(rows)
+
+    def _of_cascade(self, rows: pd.DataFrame) -> list[Finding]:
+        attack = self._plain(self.eps[0])
+        if not isinstance(attack, AutoAttack):
+            return []
+        plan = attack.plan(int(rows.classes.iloc[0]), bool(self.noise) or bool(rows.declared.iloc[0]))
+        found = [Finding(kind="changed_attack", detail=note) for note in plan.notes]
+        names = [name for name, _ in plan.components]
+        if "square" not in names:
+            return found
+        for eps, part in rows.groupby("eps"):
+            hit = part[part.broken_by == names.index("square")]
+            if len(hit) / len(part) > HELPS:
+                detail = f"Square broke {len(hit)} of {len(part)} images at eps {eps:g} that gradient attacks had left standing"
+                evidence = {"eps": float(eps), "images": hit.id.tolist()[:20]}  # type: ignore[arg-type]
+                found.append(Finding(kind="square_helps", detail=detail, evidence=evidence))
+        return found
+
+
+def _spent(part: pd.DataFrame, eps: float | None) -> Metric:
+    spent = float((part.forwards + part.backwards).mean())
+    return Metric(metric="evaluations_per_image", value=spent, n=len(part), unit="evaluations", eps=eps)

@@ -1,0 +1,94 @@
+"""Files that appear whole or not at all, and the finished pieces of an unfinished evaluation."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+
+class StoreError(RuntimeError):
+    """A run folder cannot be used as it is; says which file, why, and what to do.
+
+    Attributes:
+        broken: the folder failed in the middle of a right request (a full disk), rather than being a wrong one to ask for.
+    """
+
+    def __init__(self, message: str, broken: bool = False) -> None:
+        super().__init__(message)
+        self.broken = broken
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Fields in which two requests differ, in words; empty if they agree."""
+    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    return "; ".join(f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in names)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write to a temporary name, sync, rename: a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_rows(path: Path, rows: pd.DataFrame) -> None:
+    """Rows per image as Parquet, atomically."""
+    buffer = io.BytesIO()
+    rows.to_parquet(buffer, index=False, compression="zstd")
+    write_atomic(path, buffer.getvalue())
+
+
+class Partial:
+    """Finished pieces of an evaluation, a Parquet file each, and the request they belong to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def open(self, request: dict[str, Any]) -> None:
+        """Begin, or continue what an earlier run left.
+
+        Raises:
+            StoreError: if the pieces belong to another request; names every field that differs.
+        """
+        import json
+
+        note = self.folder / "request.json"
+        text = json.dumps(request, sort_keys=True, indent=1)
+        if note.exists():
+            wrong = differences(json.loads(note.read_text()), json.loads(text))
+            if wrong:
+                raise StoreError(f"{self.folder} holds pieces of another request: {wrong}; use --fresh to move them aside")
+        else:
+            write_atomic(note, text.encode())
+
+    def piece(self, number: int) -> pd.DataFrame | None:
+        """A finished piece, or None. A damaged one counts as missing."""
+        try:
+            return pd.read_parquet(self._path(number))
+        except (OSError, ValueError):
+            return None
+
+    def keep(self, number: int, rows: pd.DataFrame) -> None:
+        """Store a finished piece."""
+        write_rows(self._path(number), rows)
+        shutil.rmtree(self.scratch(number), ignore_errors=True)
+
+    def scratch(self, number: int) -> Path:
+        """Where an unfinished piece may keep what it has; gone when the piece is stored."""
+        return self.folder / f"{number:05d}"
+
+    def discard(self) -> None:
+        """Remove the pieces, after the whole was stored."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:05d}.parquet"
