@@ -17,11 +17,14 @@ from attacks.losses import CLASSES_NEEDED, CLASSES_NEEDED_TARGETED
 from attacks.losses import loss as loss_named
 from attacks.losses import targeted as targeted_named
 from attacks.norms import norm as norm_named
-from attacks.norms import per_row
+from attacks.norms import per_row, put
 from attacks.oracle import Oracle
 from attacks.streams import Streams
 
 MOMENTUM = 0.75
+COMPACT = 10
+"""Steps between which images that are done stay in a batch on a GPU."""
+
 FIRST, LEAST, SHORTER = 0.22, 0.06, 0.03
 """Lengths of the intervals between checkpoints, as shares of all steps: the first, the least, and by how much each shrinks."""
 
@@ -35,7 +38,8 @@ class Apgd(Attack):
         eps: radius in pixel space.
         loss: a name of :data:`attacks.losses.LOSSES`; "margin" takes its place where the classes are too few for it.
         steps, restarts: iterations of a run, and runs from other starting points.
-        targets: aim at each of this many most likely wrong classes in turn (all wrong ones, if there are fewer); 0: at none.
+        targets: aim at each of this many most likely wrong classes, all at once (at all wrong ones, if there are fewer), until
+            one is reached; 0: at none.
         rho: share of an interval's steps that must raise the loss, or the step is halved.
         engine: "native", or "autoattack" for the authors' code.
     """
@@ -66,58 +70,77 @@ class Apgd(Attack):
     def run(self, oracle: Oracle, x: Tensor, y: Tensor, streams: Streams | None) -> Search:
         if streams is None:
             raise ValueError(f"{type(self).__name__} starts at random: pass streams")
-        best = Best(x)
         loss = self.loss_for(oracle.classes(x))
         targets = likely_classes(oracle, x, y, self.targets)
+        tracks = max(1, targets.shape[1])
+        best = Best(x, tracks)
         for restart in range(self.restarts):
-            for turn in range(max(1, targets.shape[1])):
-                rows = best.standing()
-                if len(rows) == 0:
-                    return Search(best.x_adv)
-                ask = oracle.take(rows)
-                aim = targets[rows, turn] if self.targets else None
-                noise = streams.take(rows).child("restart", restart, "turn", turn)
-                self._climb(ask, classification(ask, y[rows], loss, aim), x[rows], rows, best, noise)
+            rows = best.standing()
+            if len(rows) == 0:
+                break
+            who = rows.repeat_interleave(tracks)
+            noise = [streams.take(rows).child("restart", restart, "turn", turn) for turn in range(tracks)]
+            edge = torch.stack([_edge(self, one, x) for one in noise], 1).flatten(0, 1)
+            ask, centre = oracle.take(who), x[who]
+            goal = classification(ask, y[who], loss, targets[rows].flatten() if self.targets else None)
+            self._climb(
+                ask,
+                goal,
+                _Climb.begin(centre, norm_named(self.norm).into(centre + edge, centre, self.eps), self.eps),
+                who,
+                best,
+            )
         return Search(best.x_adv)
 
-    def _climb(self, oracle: Oracle, objective: Objective, x: Tensor, rows: Tensor, best: Best, streams: Streams) -> None:
-        """One run around images ``x``, which are numbers ``rows`` of ``best``."""
+    def batch(self, device: torch.device) -> int:
+        return max(1, super().batch(device) // max(1, self.targets))
+
+    def _climb(self, oracle: Oracle, objective: Objective, at: _Climb, who: Tensor, best: Best) -> None:
+        """One run of all tracks, which belong to images ``who`` of ``best``; an image leaves when one of its tracks wins."""
         ball = norm_named(self.norm)
-
-        def inside(points: Tensor, centre: Tensor) -> Tensor:
-            return (centre + ball.project(points - centre, self.eps)).clamp(0, 1)
-
-        at = _Climb.begin(x, inside(x + _edge(self, streams, x), x), self.eps)
         interval, since = max(int(FIRST * self.steps), 1), 0
         for step in range(self.steps + 1):
-            affords = oracle.affords(at.rows)
-            at = at if affords is None else at.take(affords)
-            if len(at.rows) == 0:
-                break
+            affords = oracle.affords(at.rows, best.tracks)
+            if affords is not None and not affords.all():
+                best.offer(who[at.rows], at.top_here, at.top)
+                at = at.take(affords)
             last = step == self.steps
+            if len(at.rows) == 0:
+                return
             here = at.here.detach().requires_grad_(not last)
             with torch.set_grad_enabled(not last):
                 loss, won = objective(here, at.rows)
-            best.offer(rows[at.rows], here.detach(), loss.detach().to(x.dtype), won)
-            going = slice(None) if won is None else (~won).nonzero().flatten()
-            if last or len(at.rows[going]) == 0:
+            value = loss.detach().to(at.x.dtype)
+            if last:
                 break
+            going: Tensor | slice = slice(None)
+            # Elsewhere than on a CPU the host would have to wait for each count: there, images leave only now and then.
+            if won is not None and (at.x.device.type != "cpu" or won.any()):
+                best.offer(who[at.rows], here.detach(), torch.where(won, value, -torch.inf), won)
+                if at.x.device.type == "cpu" or step % COMPACT == 0:
+                    going = (~best.won[who[at.rows]]).nonzero().flatten()
+                    if len(going) == 0:
+                        return
             gradient = oracle.gradient(loss, here, at.rows, going)
-            at, loss = at if isinstance(going, slice) else at.take(going), loss[going]
-            at.learn(loss.detach(), gradient)
+            if not isinstance(going, slice):
+                at, value = at.take(going), value[going]
+            at.learn(value, gradient)
             since += 1 if step else 0
             if since == interval:
                 at.checkpoint(interval * self.rho)
                 interval, since = max(interval - max(int(SHORTER * self.steps), 1), int(LEAST * self.steps), 1), 0
-            moved = inside(at.here + per_row(at.step, x) * ball.steepest(at.gradient), at.x)
+            moved = ball.into(torch.addcmul(at.here, per_row(at.step, at.x), ball.steepest(at.gradient)), at.x, self.eps)
             if step:
-                moved = inside(at.here + MOMENTUM * (moved - at.here) + (1 - MOMENTUM) * (at.here - at.before), at.x)
+                moved = at.here + MOMENTUM * (moved - at.here) + (1 - MOMENTUM) * (at.here - at.before)
+                moved = ball.into(moved, at.x, self.eps)
             at.before, at.here = at.here, moved
+        best.offer(who[at.rows], at.top_here, at.top)
+        best.offer(who[at.rows], here, value, won)
 
 
 @dataclass
 class _Climb:
-    """The state of a run, a row for each image that is still in it."""
+    """The state of a run, a row for each track that is still in it: an image, and a target if the run has any."""
 
     rows: Tensor
     x: Tensor
@@ -147,7 +170,7 @@ class _Climb:
             loss=-low,
             rises=torch.zeros_like(low),
             top=low,
-            top_here=start,
+            top_here=start.clone(),
             top_gradient=torch.zeros_like(x),
             top_checked=low,
             halved=torch.ones_like(low, dtype=torch.bool),
@@ -163,10 +186,10 @@ class _Climb:
         better = loss > self.top
         # The start is what the first checkpoint compares with.
         self.top_checked = torch.where(self.top_checked.isinf(), loss, self.top_checked)
-        wide = per_row(better, self.here)
+        own = torch.arange(len(loss), device=loss.device)
         self.top = torch.where(better, loss, self.top)
-        self.top_here = torch.where(wide, self.here, self.top_here)
-        self.top_gradient = torch.where(wide, gradient, self.top_gradient)
+        put(self.top_here, own, self.here, better)
+        put(self.top_gradient, own, gradient, better)
         self.loss, self.gradient = loss, gradient
 
     def checkpoint(self, enough: float) -> None:
@@ -201,7 +224,7 @@ def likely_classes(oracle: Oracle, x: Tensor, y: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ApgdT(Apgd):
-    """Targeted Auto-PGD: the targeted DLR loss, towards the nine most likely wrong classes in turn."""
+    """Targeted Auto-PGD: the targeted DLR loss, towards the nine most likely wrong classes."""
 
     loss: str = "dlr"
     targets: int = 9

@@ -6,6 +6,7 @@ models of two and three classes work, with the margin where a loss is undefined;
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -72,7 +73,7 @@ class AutoAttack(Attack):
         attacks: names of :data:`COMPONENTS`, for "custom".
         steps: iterations of APGD and FAB, for reduced budgets; their own 100 unless given.
         proposals: queries of Square, for reduced budgets; its own 5,000 unless given.
-        batch: images that are attacked at once; changes no result.
+        pieces: images after which finished work is kept; changes no result.
         state: folder in which finished work is kept, so that the same call goes on after a kill.
         engine: "native", or "autoattack" for the authors' code in each component.
     """
@@ -83,7 +84,7 @@ class AutoAttack(Attack):
     attacks: tuple[str, ...] = ()
     steps: int | None = None
     proposals: int | None = None
-    batch: int = field(default=100, compare=False)
+    pieces: int = field(default=50, compare=False)
     state: str | Path | None = field(default=None, compare=False)
     engine: str = "native"
 
@@ -102,13 +103,17 @@ class AutoAttack(Attack):
         for name in self.attacks:
             if name not in COMPONENTS:
                 raise ValueError(f"unknown component {name!r}; known are {', '.join(COMPONENTS)}")
-        if self.batch < 1 or (self.steps or 1) < 1 or (self.proposals or 1) < 1:
-            raise ValueError(f"batch, steps and proposals must be at least 1, got {self.batch}, {self.steps}, {self.proposals}")
+        if self.pieces < 1 or (self.steps or 1) < 1 or (self.proposals or 1) < 1:
+            raise ValueError(f"needed: pieces, steps, proposals >= 1; got {self.pieces}, {self.steps}, {self.proposals}")
 
     @property
     def foreign(self) -> bool:
         """The cascade is always ours; its components ask their engines."""
         return False
+
+    def batch(self, device: torch.device) -> int:
+        """All of them: the components make their own batches."""
+        return sys.maxsize
 
     def plan(self, classes: int, randomized: bool = False) -> Plan:
         """The cascade for a model with so many classes.
@@ -151,7 +156,7 @@ class AutoAttack(Attack):
             rows = (broken_by < 0).nonzero().flatten()
             done = state.load(number, oracle, x_adv, broken_by) if state else rows[:0]
             todo = rows[~torch.isin(rows, done)]
-            for some in todo.split(self.batch) if len(todo) else ():
+            for some in todo.split(self.pieces) if len(todo) else ():
                 noise = streams.take(some).child(name)
                 ask = oracle.take(some)
                 found = attack.search(ask, x[some], y[some], noise)

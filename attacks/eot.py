@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from attacks.api import Attack, Search
@@ -42,5 +43,8 @@ class Eot(Attack):
     def eps(self) -> float:
         return self.inner.eps
 
+    def batch(self, device: torch.device) -> int:
+        return self.inner.batch(device)
+
     def run(self, oracle: Oracle, x: Tensor, y: Tensor, streams: Streams | None) -> Search:
-        return self.inner.run(replace(oracle, draws=self.draws, average=self.average), x, y, streams)
+        return self.inner.search(replace(oracle, draws=self.draws, average=self.average), x, y, streams)

@@ -32,7 +32,7 @@ class Fab(Attack):
         norm: "linf" or "l2".
         eps: radius within which an adversarial point ends the search; infinite: look for the nearest one.
         steps, restarts: iterations of a run; runs after the first start at random within half the distance found so far.
-        targets: aim at each of this many most likely wrong classes in turn; 0: at whichever boundary is nearest.
+        targets: aim at each of this many most likely wrong classes, all at once; 0: at whichever boundary is nearest.
         bias: largest share of the projection of the image itself (the paper's alpha_max).
         overshoot: how far beyond the boundary a step goes (eta).
         backward: where to go on between the image and an adversarial point (beta).
@@ -61,20 +61,24 @@ class Fab(Attack):
     def run(self, oracle: Oracle, x: Tensor, y: Tensor, streams: Streams | None) -> Search:
         if self.restarts > 1 and streams is None:
             raise ValueError("restarts of FAB are random: pass streams")
-        best = Best(x)
         targets = likely_classes(oracle, x, y, self.targets)
+        tracks = max(1, targets.shape[1])
+        best = Best(x, tracks)
         for restart in range(self.restarts):
-            for turn in range(max(1, targets.shape[1])):
-                rows = best.standing()
-                start = x[rows]
-                if restart and streams is not None:
-                    noise = streams.take(rows).child("restart", restart, "turn", turn)
-                    start = self._near(start, -best.score[rows], noise)
-                aim = targets[rows, turn] if self.targets else None
-                self._descend(_Boundary(oracle.take(rows), y[rows], aim, self.norm), x[rows], start, rows, best)
+            rows = best.standing()
+            who = rows.repeat_interleave(tracks)
+            start = x[who]
+            if restart and streams is not None:
+                noise = [streams.take(rows).child("restart", restart, "turn", turn) for turn in range(tracks)]
+                start = torch.stack([self._near(x[rows], -best.score[rows], one) for one in noise], 1).flatten(0, 1)
+            aim = targets[rows].flatten() if self.targets else None
+            self._descend(_Boundary(oracle.take(who), y[who], aim, self.norm), x[who], start, who, best)
         # What lies outside the ball is no answer; its direction is the best guess.
         delta = best.x_adv - x
         return Search((x + (norm_named(self.norm).project(delta, self.eps) if math.isfinite(self.eps) else delta)).clamp(0, 1))
+
+    def batch(self, device: torch.device) -> int:
+        return max(1, super().batch(device) // max(1, self.targets))
 
     def _near(self, x: Tensor, distance: Tensor, streams: Streams) -> Tensor:
         """A random point around each image, within half the distance that is known or allowed."""
@@ -82,10 +86,10 @@ class Fab(Attack):
         return (x + per_row(reach, x) * norm_named(self.norm).start(streams, x.shape[1:], 1.0).to(x)).clamp(0, 1)
 
     def _descend(self, boundary: _Boundary, x: Tensor, here: Tensor, rows: Tensor, best: Best) -> None:
-        """One run around images ``x``, which are numbers ``rows`` of ``best``, from the points ``here``."""
+        """One run of all tracks, around ``x`` from ``here``; they belong to images ``rows`` of ``best``."""
         ball = norm_named(self.norm)
         for _ in range(self.steps):
-            affords = boundary.oracle.affords(boundary.rows, 2)
+            affords = boundary.oracle.affords(boundary.rows, 2 * best.tracks)
             if affords is not None:
                 boundary, x, here, rows = boundary.take(affords), x[affords], here[affords], rows[affords]
             if len(rows) == 0:
@@ -103,13 +107,13 @@ class Fab(Attack):
             best.offer(rows, here, torch.where(wrong, -length, -torch.inf), won)
             here = torch.where(per_row(wrong, x), x + self.backward * (here - x), here)
             if won.any():
-                going = (~won).nonzero().flatten()
+                going = (~best.won[rows]).nonzero().flatten()
                 boundary, x, here, rows = boundary.take(going), x[going], here[going], rows[going]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FabT(Fab):
-    """Targeted FAB: towards the nine most likely wrong classes in turn, one gradient a step instead of one for every class."""
+    """Targeted FAB: towards the nine most likely wrong classes, one gradient a step for each."""
 
     targets: int = 9
 

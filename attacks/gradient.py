@@ -130,7 +130,7 @@ def ascend(objective: Objective, x: Tensor, walk: Walk, start: Tensor | None = N
             gradient = velocity
         centre = x[rows]
         moved = (here + walk.step * ball.steepest(gradient)).clamp(0, 1)
-        here = (centre + ball.project(moved - centre, walk.eps)).clamp(0, 1)
+        here = ball.into(moved, centre, walk.eps)
     return Ascent(best.x_adv, best.score, best.won, last)
 
 

@@ -31,10 +31,23 @@ class Norm:
     steepest: Callable[[Tensor], Tensor]
     start: Callable[[Streams, Sequence[int], float], Tensor]
 
+    def into(self, points: Tensor, centre: Tensor, radius: float) -> Tensor:
+        """Points (n ...) projected on the ball around ``centre`` (n ...), then clipped to the box [0,1]."""
+        return (centre + self.project(points - centre, radius)).clamp_(0, 1)
+
 
 def per_row(values: Tensor, like: Tensor) -> Tensor:
     """Values (n), shaped so that they meet the rows of ``like`` (n ...)."""
     return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def put(into: Tensor, rows: Tensor, values: Tensor, where: Tensor) -> None:
+    """``into[rows[where]] = values[where]``, for different ``rows`` (t) and a mask (t)."""
+    if into.device.type == "cpu":  # few rows are meant, as a rule
+        some = where.nonzero().flatten()
+        into.index_copy_(0, rows[some], values[some])
+    else:  # a mask would make the host wait for its count
+        into.index_copy_(0, rows, torch.where(per_row(where, values), values, into[rows]))
 
 
 def _l2_length(delta: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ def search(attack: Attack, oracle: Oracle, x: Tensor, y: Tensor, streams: Stream
         raise EngineError(f"engine {engine!r} keeps no limit of queries; use the native engine")
     make = next(make for kind, make in COUNTERPARTS[engine].items() if isinstance(attack, kind))
     seed = int(generator(streams.seed if streams else 0, *(streams.purpose if streams else ())).initial_seed() % 2**31)
-    asked = _Counted(oracle.model)
+    asked = Counted(oracle.model)
     with _contained(oracle.model, seed):
         x_adv = make(attack, asked, x, seed)(x.clone(), y.clone()).detach()
     _share_out(oracle, asked, len(x))
@@ -98,7 +98,7 @@ def search(attack: Attack, oracle: Oracle, x: Tensor, y: Tensor, streams: Stream
     return Search(torch.where(per_row(near, x), (x + ball.project(delta, attack.eps)).clamp(0, 1), x_adv))
 
 
-class _Counted(nn.Module):
+class Counted(nn.Module):
     """A model that counts its own images, forwards and backwards."""
 
     def __init__(self, model: Callable[[Tensor], Tensor]) -> None:
@@ -118,7 +118,7 @@ class _Counted(nn.Module):
         self.backwards += images
 
 
-def _share_out(oracle: Oracle, asked: _Counted, images: int) -> None:
+def _share_out(oracle: Oracle, asked: Counted, images: int) -> None:
     if oracle.meter is None:
         return
     places = torch.arange(images, device=oracle.meter.forwards.device)

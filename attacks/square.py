@@ -18,12 +18,15 @@ from torch import Tensor
 from attacks.api import Attack, Best, Search
 from attacks.losses import margin
 from attacks.norms import norm as norm_named
-from attacks.norms import per_row
+from attacks.norms import per_row, put
 from attacks.oracle import Oracle
 from attacks.streams import Streams
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """After these proposals (of 10,000, and unscaled by default) the area of a square halves."""
+
+AHEAD = (1, 1, 2, 2, 4, 4, 8, 8, 8, 8)
+"""Proposals asked about at once after so many halvings (four times as many on a GPU): the later, the fewer are accepted."""
 
 STRETCH = 500
 """Proposals whose random numbers are drawn at once."""
@@ -61,11 +64,14 @@ class Square(Attack):
                 f"needed: proposals and restarts >= 1, 0 < area <= 1; got {self.proposals}, {self.restarts}, {self.area}"
             )
 
+    def halvings(self, proposal: int) -> int:
+        """How often the area of a square has halved before a proposal (from 0)."""
+        at = int(proposal / self.proposals * 10_000) if self.rescale else proposal
+        return sum(at > limit for limit in HALVINGS)
+
     def side(self, proposal: int, shape: torch.Size) -> int:
         """Side of the squares of a proposal (from 0) on images (c h w)."""
-        at = int(proposal / self.proposals * 10_000) if self.rescale else proposal
-        share = self.area / 2 ** sum(at > limit for limit in HALVINGS)
-        side = round(math.sqrt(share * shape[1] * shape[2]))
+        side = round(math.sqrt(self.area / 2 ** self.halvings(proposal) * shape[1] * shape[2]))
         if self.norm == "l2":  # two halves of opposite sign around a middle
             side = max(side, 3)
             side += 1 - side % 2
@@ -82,42 +88,59 @@ class Square(Attack):
         return Search(best.x_adv)
 
     def _search(self, oracle: Oracle, x: Tensor, y: Tensor, rows: Tensor, best: Best, streams: Streams) -> None:
-        """One run around images ``x``, which are numbers ``rows`` of ``best``."""
+        """One run around images ``x``, which are numbers ``rows`` of ``best``.
+
+        Proposals do not depend on what was accepted before, so that several can be asked about at once: the first that
+        is better is taken, and what follows is asked anew from there. The end is that of one at a time.
+        """
         start, move = MOVES[self.norm]
         # Images of any shape are pictures (c h w): what is missing has length one.
         picture = torch.Size([1] * (3 - (x.ndim - 1)) + list(x.shape[1:]))
-        centre = x.view(-1, *picture)
+        phases = [self.halvings(proposal) for proposal in range(self.proposals)]
+        phase = torch.tensor(phases, device=x.device)
+        numbers = self._numbers(streams, picture[0]).to(x)
         alive = torch.arange(len(x), device=x.device)
+        centre = x.view(-1, *picture)
         here = start(centre, self.eps, streams.child("start"))
-        score = torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
-        asked = alive
-        proposed = here
-        for proposal in range(self.proposals):
-            affords = oracle.affords(alive[asked])
-            if affords is not None:
-                if not affords.any():
-                    break
-                asked, proposed = asked[affords], proposed[affords]
+        score = self._ask(oracle, here.view_as(x), y, alive)
+        at = torch.zeros_like(alive)
+        while True:
+            over = (at >= self.proposals - 1) | (score > 0 if not oracle.randomized else False)
+            affords = oracle.affords(alive)
+            over = over if affords is None else over | ~affords
+            if over.any():
+                won = None if oracle.randomized else score[over] > 0
+                best.offer(rows[alive[over]], here[over].view(-1, *x.shape[1:]), score[over], won)
+                alive, centre, here, score, at = (state[~over] for state in (alive, centre, here, score, at))
+            if len(alive) == 0:
+                return
+            # Who has accepted more lags behind; squares of one size go together.
+            now = phase[at]
+            group = (now == now.min()).nonzero().flatten()
+            first = int(at[group[0]])
+            ahead = 1 if affords is not None else AHEAD[phases[first]] * (1 if x.device.type == "cpu" else 4)
+            turn = at[group, None] + torch.arange(ahead, device=x.device)
+            end = len(phases) - 1 if phases[-1] == phases[first] else phases.index(phases[first] + 1)
+            valid = turn < end
+            spot = numbers[alive[group, None], turn.clamp_max(end)].flatten(0, 1)
+            base, middle = (state[group].repeat_interleave(ahead, 0) for state in (here, centre))
+            proposed, changed = move(base, middle, self.eps, self.side(first, picture), spot)
+            asked = (changed & valid.flatten()).nonzero().flatten()
+            gain = torch.full_like(base[:, 0, 0, 0], -torch.inf)
             if len(asked):
-                gain = self._ask(oracle, proposed.view(-1, *x.shape[1:]), y, alive[asked])
-                won = gain > 0 if not oracle.randomized else torch.zeros_like(gain, dtype=torch.bool)
-                best.offer(rows[alive[asked]], proposed.view(-1, *x.shape[1:]), gain, won)
-                better = gain > score[asked]
-                score[asked] = torch.where(better, gain, score[asked])
-                here[asked] = torch.where(per_row(better, here), proposed, here[asked])
-                if won.any():
-                    keep = torch.ones(len(alive), dtype=torch.bool, device=x.device).index_fill_(0, asked[won], False)
-                    alive, centre, here, score = alive[keep], centre[keep], here[keep], score[keep]
-            if len(alive) == 0 or proposal == self.proposals - 1:
-                break
-            if proposal % STRETCH == 0:
-                numbers = streams.take(alive).child("stretch").uniform((STRETCH, 5 + picture[0]), proposal // STRETCH).to(x)
-                drawn_for = alive
-            spot = numbers[torch.searchsorted(drawn_for, alive), proposal % STRETCH]
-            proposed = move(here, centre, self.eps, self.side(proposal, picture), spot)
-            # A square that the ball or the box turns into nothing has the score of the present point.
-            asked = (proposed != here).flatten(1).any(1).nonzero().flatten()
-            proposed = proposed[asked]
+                who = alive[group].repeat_interleave(ahead)[asked]
+                gain[asked] = self._ask(oracle, proposed[asked].view(-1, *x.shape[1:]), y, who)
+            better = gain.view(-1, ahead) > score[group, None]
+            taken, which = better.any(1), better.int().argmax(1)
+            pick = torch.arange(0, len(gain), ahead, device=x.device) + which
+            put(here, group, proposed[pick], taken)
+            put(score, group, gain[pick], taken)
+            at[group] = torch.where(taken, at[group] + which + 1, (at[group] + ahead).clamp_max(end))
+
+    def _numbers(self, streams: Streams, channels: int) -> Tensor:
+        """Uniform numbers (n proposals 5 + c): two places of a window each, a turn, and a sign for every channel."""
+        blocks = range(-(-self.proposals // STRETCH))
+        return torch.cat([streams.child("stretch").uniform((STRETCH, 5 + channels), block) for block in blocks], 1)
 
     def _ask(self, oracle: Oracle, points: Tensor, y: Tensor, rows: Tensor) -> Tensor:
         """How far the best wrong class leads (n); above 0 where the image is misclassified."""
@@ -162,16 +185,17 @@ def _signs(numbers: Tensor) -> Tensor:
     return (numbers < 0.5).to(numbers).mul_(2).sub_(1)[:, :, None]
 
 
-def _shift(here: Tensor, centre: Tensor, eps: float, side: int, spot: Tensor) -> Tensor:
+def _shift(here: Tensor, centre: Tensor, eps: float, side: int, spot: Tensor) -> tuple[Tensor, Tensor]:
     """l_inf: every channel of a window moves by 2 eps up or down, as far as ball and box allow."""
     window = _window(spot[:, 0], spot[:, 1], side, here)
     flat, middle = here.flatten(2), centre.flatten(2).gather(2, window)
-    moved = flat.gather(2, window) + 2 * eps * _signs(spot[:, 5:])
-    moved = torch.minimum(torch.maximum(moved, middle - eps), middle + eps).clamp_(0, 1)
-    return flat.scatter(2, window, moved).view_as(here)
+    old = flat.gather(2, window)
+    moved = (middle + (old - middle + 2 * eps * _signs(spot[:, 5:])).clamp_(-eps, eps)).clamp_(0, 1)
+    # A square that ball or box turn into nothing has the score of the present point.
+    return flat.scatter(2, window, moved).view_as(here), (moved != old).flatten(1).any(1)
 
 
-def _carry(here: Tensor, centre: Tensor, eps: float, side: int, spot: Tensor) -> Tensor:
+def _carry(here: Tensor, centre: Tensor, eps: float, side: int, spot: Tensor) -> tuple[Tensor, Tensor]:
     """l_2: the mass of one window, and what the ball has left, goes to another, in the shape of a bump and its mirror image."""
     window, giver = _window(spot[:, 0], spot[:, 1], side, here), _window(spot[:, 2], spot[:, 3], side, here)
     delta = (here - centre).flatten(2)
@@ -184,7 +208,8 @@ def _carry(here: Tensor, centre: Tensor, eps: float, side: int, spot: Tensor) ->
     old = delta.gather(2, window)
     new = shape * _signs(spot[:, 5:]) + old / (1e-12 + old.norm(dim=2, keepdim=True))
     new = new / (1e-12 + new.norm(dim=2, keepdim=True)) * mass
-    return _to_edge(centre, delta.scatter(2, giver, 0.0).scatter(2, window, new).view_as(here), eps)
+    moved = _to_edge(centre, delta.scatter(2, giver, 0.0).scatter(2, window, new).view_as(here), eps)
+    return moved, torch.ones_like(left, dtype=torch.bool)
 
 
 @functools.cache
@@ -207,7 +232,7 @@ def _hill(height: int, width: int) -> Tensor:
 
 
 Start = Callable[[Tensor, float, Streams], Tensor]
-Move = Callable[[Tensor, Tensor, float, int, Tensor], Tensor]
+Move = Callable[[Tensor, Tensor, float, int, Tensor], tuple[Tensor, Tensor]]
 
 MOVES: dict[str, tuple[Start, Move]] = {"linf": (_stripes, _shift), "l2": (_tiles, _carry)}
-"""How a search starts and proposes, by norm."""
+"""How a search starts, and proposes: new points, and which of them differ from the present ones; by norm."""

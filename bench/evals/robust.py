@@ -115,7 +115,7 @@ class Robust(Base):
 
     def resolved(self, subject: Subject) -> dict[str, Any]:
         plain = self._plain(self.eps[0])
-        skip = ("eps", "state", "batch")
+        skip = ("eps", "state", "pieces")
         defaults = {f.name: getattr(plain, f.name) for f in fields(plain) if f.name not in skip}  # type: ignore[arg-type]
         engine = {"engine_version": installed()[self.engine]} if self.engine in installed() else {}
         given = {name: value for name, value in self.model_dump(mode="json").items() if value is not None}
@@ -131,10 +131,8 @@ class Robust(Base):
 
     def pieces(self, subject: Subject) -> list[Piece]:
         self._sigma(subject)
-        # A cascade takes minutes per image on a large network: smaller pieces lose less.
-        size = 20 if ATTACKS[self.attack] is AutoAttack else 100
         budgets = (math.inf,) if self.looks_for_nearest else self.eps
-        return [Piece(rows, {"eps": eps}) for eps in budgets for rows in self._slices(size)]
+        return [Piece(rows, {"eps": eps}) for eps in budgets for rows in self._slices(100)]
 
     def measure(self, subjects: Sequence[Subject], images: Images, piece: Piece) -> list[pd.DataFrame]:
         return [self._measure(subject, images, piece) for subject in subjects]
