@@ -221,15 +221,41 @@ def _filled(runs: Path, suite: str = "*"):  # type: ignore[no-untyped-def]
 
 
 @app.command()
-def doctor(data: Data = None, runs: Runs = Path("runs")) -> None:
+def doctor(
+    data: Data = None,
+    runs: Runs = Path("runs"),
+    reference: Annotated[
+        bool, typer.Option("--reference", help="also compare all engines of all attacks, image by image")
+    ] = False,
+) -> None:
     """Look at this installation: versions, device, data at hand, defenses, run folder."""
     from bench import environment
 
     checks = environment.doctor(data, runs)
     for name, well, detail in checks:
         print(f"{'ok  ' if well else 'BAD '} {name:20} {detail}")
-    if not all(well for _, well, _ in checks):
+    agree = _reference(data) if reference else True
+    if not agree or not all(well for _, well, _ in checks):
         raise typer.Exit(FAILED)
+
+
+def _reference(data: Path | None) -> bool:
+    """Print how engines agree; whether all do."""
+    from tabulate import tabulate
+
+    from bench.engines import IMAGES, agreement
+
+    table = agreement(data)
+    rows = []
+    for line in table:
+        mark = "--" if line.error else "ok" if line.agrees else "BAD"
+        numbers = (line.broken, line.ours, line.only_engine, line.only_ours, line.moved, f"{line.seconds:.1f}")
+        rows.append(
+            (mark, line.attack, line.norm, line.engine, *(numbers if not line.error else ("", "", "", "", "", line.error)))
+        )
+    headers = ["", "attack", "norm", "engine", f"broken of {IMAGES}", "by ours", "only engine", "only ours", "moved", "seconds"]
+    print(tabulate(rows, headers, disable_numparse=True))
+    return all(line.agrees or line.error for line in table)
 
 
 def main() -> None:

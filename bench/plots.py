@@ -12,9 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
+from bench.columns import certificate
 from bench.metrics import variance_ratio
 from bench.store import Metric, Record, Store
-from bench.tables import certificate, without_sigma
+from bench.tables import without_sigma
 
 # Okabe & Ito 2008 without yellow (too faint on white), then indigo, wine and olive of Tol 2021 (muted): distinct for
 # colour-blind readers; markers, one a colour, carry the same information in grey.

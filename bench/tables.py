@@ -9,6 +9,7 @@ from itertools import groupby
 from statistics import mean, stdev
 from typing import Any
 
+from bench import columns
 from bench.store import Metric, Record, Store
 
 FORMATS = ("text", "md", "latex", "csv", "json", "html")
@@ -61,21 +62,13 @@ def _kind(record: Record) -> tuple[str, str, float]:
     if fields.get("kind") == "variance":
         how = f"fixed estimator, n0 = {fields['n0']}, n = {max(fields['n'])}, alpha = {fields['alpha']:g}"
         return "variance view", how, _sigma(record)
-    how = certificate(record)
+    how = columns.certificate(record)
     return ("certified accuracy", how, _sigma(record)) if how else ("accuracy under attack", "", 0.0)
 
 
 def _sigma(record: Record) -> float:
     """The noise of a certificate, 0 where the evaluation was skipped because there is none."""
     return float(record.eval["fields"].get("sigma") or 0.0)
-
-
-def certificate(record: Record) -> str:
-    """Estimator, n and alpha of a certified record, in words; empty for others."""
-    fields = record.eval["fields"]
-    if "estimator" not in fields:
-        return ""
-    return f"{fields['estimator']} estimator, n0 = {fields['n0']}, n <= {fields['n']}, alpha = {fields['alpha']:g}"
 
 
 def without_sigma(variant: str) -> str:
@@ -96,64 +89,12 @@ def _table(records: list[Record]) -> Table:
         if not record.metrics:
             unfinished.setdefault(record.defense["variant"], []).append(record)
         for metric in record.metrics:
-            key = _key(record, metric)
+            key = columns.key(record, metric)
             if key:
-                row.setdefault(order.setdefault(key, _heading(key, several)), []).append((record, metric))
+                row.setdefault(order.setdefault(key, columns.heading(key, several)), []).append((record, metric))
     title = f"{name}, {budget}: {kind}" + (f" at sigma = {sigma:g}" if sigma else "")
-    columns = ["defense", "seeds", *(order[key] for key in sorted(order)), "status"]
-    return Table(title, _caption(records), columns, rows, unfinished)
-
-
-def _rank(record: Record) -> int:
-    return {"clean": 0, "robust": 1, "certified": 2, "variance": 3}.get(record.eval["fields"].get("kind", ""), 4)
-
-
-def _key(record: Record, metric: Metric) -> tuple[Any, ...]:
-    """Sort key of a number's column, () if the summary leaves it out."""
-    fields, rank, name = record.eval["fields"], _rank(record), record.eval["name"]
-    if fields.get("kind") == "variance":
-        return _variance_key(rank, record, metric)
-    if metric.metric == "clean_accuracy":
-        return (rank, "", "clean", 0.0)
-    if metric.metric == "robust_accuracy" and metric.denominator == "all":
-        return (rank, "", f"{name} {fields.get('norm', '')}", metric.eps)
-    if metric.metric == "certified_accuracy":
-        return (rank, name, "CA", metric.radius)
-    if certificate(record) and metric.metric in _CERTIFIED:
-        return (rank, name, _CERTIFIED[metric.metric], 0.0)
-    return ()
-
-
-_CERTIFIED = {"acr": "acr", "draws_per_image": "draws", "evaluations_per_image": "networks"}
-
-
-def _variance_key(rank: int, record: Record, metric: Metric) -> tuple[Any, ...]:
-    """Variance and ACR by members, ACR at the largest n; the figure has the rest."""
-    name = record.eval["name"]
-    if metric.metric == "margin_variance_ratio":
-        return (rank, name, "variance, k =", metric.members)
-    if metric.metric in _CORRELATIONS:
-        return (rank, name, _CORRELATIONS[metric.metric], 0.0)
-    if metric.metric == "acr" and metric.draws == max(record.eval["fields"]["n"]):
-        return (rank, name, "ACR, k =", metric.members)
-    return ()
-
-
-_CORRELATIONS = {"margin_correlation": "zeta", "margin_correlation_fitted": "zeta fitted"}
-
-
-def _heading(key: tuple[Any, ...], several: bool) -> str:
-    """Text of a column; a certificate's evaluation is named where a table holds several."""
-    _, evaluation, name, value = key
-    text = name if name in ("clean", *_CERTIFIED.values(), *_CORRELATIONS.values()) else f"{name} {_short(value)}"
-    return f"{evaluation} {text}" if evaluation and several else text
-
-
-def _short(value: float) -> str:
-    """0.25 as it is, 0.0313725 as 8/255."""
-    parts = round(value * 255)
-    in_255ths = parts > 0 and abs(value * 255 - parts) < 1e-9 and len(f"{value:g}") > 6
-    return f"{parts}/255" if in_255ths else f"{value:g}"
+    headings = ["defense", "seeds", *(order[key] for key in sorted(order)), "status"]
+    return Table(title, _caption(records), headings, rows, unfinished)
 
 
 def _caption(records: list[Record]) -> str:
@@ -167,6 +108,10 @@ def _caption(records: list[Record]) -> str:
         "accuracies in percent of all images: one seed with its 95 % interval, or mean ± deviation over training seeds",
         "images: " + ", ".join(f"{evaluation} {count}" for evaluation, count in images),
     ]
+    if kind == "accuracy under attack":
+        sentences += [
+            text for word, text in columns.MEANING.items() if any(m.metric == word for r in records for m in r.metrics)
+        ]
     if kind == "certified accuracy":
         sentences += [
             f"sigma = {sigma:g}, {how}" if sigma else how,

@@ -14,8 +14,9 @@ import torch
 
 import bench.store
 from bench.evals import Robust
+from bench.partial import StoreError
 from bench.runner import Request, Run, run
-from bench.store import Store, StoreError
+from bench.store import Store
 from bench.suites import SuiteError
 
 

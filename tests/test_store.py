@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from bench.store import COLUMNS, Metric, Record, Store, differences, write_atomic
+from bench.partial import differences, write_atomic
+from bench.store import COLUMNS, Metric, Record, Store
 
 
 def record(**changes: Any) -> Record:

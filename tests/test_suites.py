@@ -32,7 +32,7 @@ def test_a_budget_changes_amounts_but_no_question(name: str) -> None:
         assert suite.evals.keys() == paper.evals.keys()
         for key, evaluation in suite.evals.items():
             asked, given = evaluation.model_dump(), paper.evals[key].model_dump()
-            for free in ("images", "n", "steps", "restarts", "eot"):
+            for free in ("images", "n", "steps", "restarts", "eot", "proposals"):
                 asked.pop(free, None), given.pop(free, None)
             assert asked == given
         for role in (*ROLES, ""):
@@ -220,7 +220,7 @@ def test_fractions_are_numbers(tiny: Path) -> None:
         ('"0.1"', '"1.1"', r"evals\.pgd\.eps: 1\.1 is out of range; in linf 0 < eps <= 1"),
         ('"0.1"', '"-1/255"', r"out of range"),
         ('"0.1"', '"eight"', r"not a number: 'eight'"),
-        ('attack = "pgd"', 'attack = "pdg"', r"unknown 'pdg'; known are fgsm"),
+        ('attack = "pgd"', 'attack = "pdg"', r"unknown 'pdg'; known are autoattack"),
         ('norm = "linf"', 'norm = "l3"', r"unknown 'l3'; known are linf, l2"),
         ('dataset = "digits"', 'dataset = "digit"', r"did you mean 'digits'"),
         ('architecture = "lenet5"', 'architecture = "lenet"', r"did you mean 'lenet5'"),

@@ -2,7 +2,7 @@
 
     python tests/speed/attacks.py --suite mnist --data DIR --eps linf:0.1 linf:0.3 l2:1.5 [--train 0.2] [--images 100] [--again]
 
-The network is the first of a defense, by default of the naive ensemble (read from the runs folder, trained where missing), or with
+The network is the first of a defense, by default the naive ensemble (read from the runs folder, trained where missing), or with
 ``--train EPS`` one of the same architecture adversarially trained by this script. Both engines run the components of `standard`
 in turn on the images that still stand; the reference gets its own default batch of 250, and the network in its usual memory
 layout. Time is CPU time of one thread (on CUDA: wall time, synchronised). ``--again`` also runs the reference under another

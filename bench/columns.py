@@ -1,0 +1,86 @@
+"""Which column of a summary a number belongs to, and what the column is called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.store import Metric, Record
+
+
+def certificate(record: Record) -> str:
+    """Estimator, n and alpha of a certified record, in words; empty for others."""
+    fields = record.eval["fields"]
+    if "estimator" not in fields:
+        return ""
+    return f"{fields['estimator']} estimator, n0 = {fields['n0']}, n <= {fields['n']}, alpha = {fields['alpha']:g}"
+
+
+def _rank(record: Record) -> int:
+    return {"clean": 0, "robust": 1, "certified": 2, "variance": 3}.get(record.eval["fields"].get("kind", ""), 4)
+
+
+def key(record: Record, metric: Metric) -> tuple[Any, ...]:
+    """Sort key of a number's column, () if the summary leaves it out."""
+    fields, rank, name = record.eval["fields"], _rank(record), record.eval["name"]
+    if fields.get("kind") == "variance":
+        return _variance_key(rank, record, metric)
+    if metric.metric == "clean_accuracy":
+        return (rank, "", "clean", 0.0)
+    if metric.metric in _ROBUST and metric.denominator in ("all", None):
+        return _robust_key(rank, record, metric)
+    if metric.metric == "certified_accuracy":
+        return (rank, name, "CA", metric.radius)
+    if certificate(record) and metric.metric in _CERTIFIED:
+        return (rank, name, _CERTIFIED[metric.metric], 0.0)
+    return ()
+
+
+MEANING = {
+    "robust_accuracy_8bit": "8 bit: the adversarial images rounded to 256 levels",
+    "median_distance": "median: distance of the nearest adversarial point, over the images that are right",
+}
+
+_ROBUST = {"robust_accuracy": "", "robust_accuracy_8bit": "8 bit", "median_distance": "median"}
+
+
+def _robust_key(rank: int, record: Record, metric: Metric) -> tuple[Any, ...]:
+    """Accuracy at each eps, for the headline also of 8-bit images; of a search for the nearest point the median distance."""
+    fields, what = record.eval["fields"], _ROBUST[metric.metric]
+    nearest = bool(fields.get("nearest"))
+    if nearest != (what == "median") or (what == "8 bit" and fields["attack"] != "autoattack"):
+        return ()
+    words = f"{record.eval['name']} {fields.get('norm', '')} {what}".strip()
+    return (rank, "", words, metric.eps or 0.0)
+
+
+_CERTIFIED = {"acr": "acr", "draws_per_image": "draws", "evaluations_per_image": "networks"}
+
+
+def _variance_key(rank: int, record: Record, metric: Metric) -> tuple[Any, ...]:
+    """Variance and ACR by members, ACR at the largest n; the figure has the rest."""
+    name = record.eval["name"]
+    if metric.metric == "margin_variance_ratio":
+        return (rank, name, "variance, k =", metric.members)
+    if metric.metric in _CORRELATIONS:
+        return (rank, name, _CORRELATIONS[metric.metric], 0.0)
+    if metric.metric == "acr" and metric.draws == max(record.eval["fields"]["n"]):
+        return (rank, name, "ACR, k =", metric.members)
+    return ()
+
+
+_CORRELATIONS = {"margin_correlation": "zeta", "margin_correlation_fitted": "zeta fitted"}
+
+
+def heading(key: tuple[Any, ...], several: bool) -> str:
+    """Text of a column; a certificate's evaluation is named where a table holds several."""
+    _, evaluation, name, value = key
+    bare = name in ("clean", *_CERTIFIED.values(), *_CORRELATIONS.values()) or name.endswith(" median")
+    text = name if bare else f"{name} {_short(value)}"
+    return f"{evaluation} {text}" if evaluation and several else text
+
+
+def _short(value: float) -> str:
+    """0.25 as it is, 0.0313725 as 8/255."""
+    parts = round(value * 255)
+    in_255ths = parts > 0 and abs(value * 255 - parts) < 1e-9 and len(f"{value:g}") > 6
+    return f"{parts}/255" if in_255ths else f"{value:g}"
