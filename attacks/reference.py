@@ -15,6 +15,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -85,6 +86,7 @@ def search(attack: Attack, oracle: Oracle, x: Tensor, y: Tensor, streams: Stream
         raise EngineError(f"engine {engine!r} judges a noisy model by single passes; use the native engine")
     if oracle.meter is not None and oracle.meter.queries is not None:
         raise EngineError(f"engine {engine!r} keeps no limit of queries; use the native engine")
+    attack = _for_classes(attack, oracle.classes(x))
     make = next(make for kind, make in COUNTERPARTS[engine].items() if isinstance(attack, kind))
     seed = int(generator(streams.seed if streams else 0, *(streams.purpose if streams else ())).initial_seed() % 2**31)
     asked = Counted(oracle.model)
@@ -96,6 +98,15 @@ def search(attack: Attack, oracle: Oracle, x: Tensor, y: Tensor, streams: Stream
     # Minimum-norm attacks of these libraries return the nearest point, be it in the ball or not.
     near = (length <= attack.eps * (1 + SLACK)) | isinstance(attack, Fab | MinimumNorm)
     return Search(torch.where(per_row(near, x), (x + ball.project(delta, attack.eps)).clamp(0, 1), x_adv))
+
+
+def _for_classes(attack: Attack, classes: int) -> Attack:
+    """With no more targets than there are wrong classes; the libraries assume ten classes."""
+    if isinstance(attack, Apgd) and attack.loss_for(classes) != attack.loss:
+        raise EngineError(f"{classes} classes do not define the loss {attack.loss!r}; use the native engine")
+    if isinstance(attack, Apgd | Fab) and attack.targets > classes - 1:
+        return replace(attack, targets=classes - 1)
+    return attack
 
 
 class Counted(nn.Module):
@@ -211,8 +222,9 @@ def _pgd(attack: Pgd, model: nn.Module, x: Tensor, seed: int) -> Perturb:
         return code.GradientSignAttack(model, **common).perturb
     common |= dict(nb_iter=attack.steps, eps_iter=step_size(attack.step, attack.eps, attack.steps))
     if attack.momentum:
-        kind = {"linf": code.LinfMomentumIterativeAttack, "l2": code.L2MomentumIterativeAttack}[attack.norm]
-        return kind(model, decay_factor=attack.momentum, **common).perturb
+        if attack.norm != "linf":
+            raise EngineError("AdverTorch's l2 momentum divides by pixels that did not move: NaN; use the native engine")
+        return code.LinfMomentumIterativeAttack(model, decay_factor=attack.momentum, **common).perturb
     kind = {"linf": code.LinfPGDAttack, "l2": code.L2PGDAttack}[attack.norm]
     one = kind(model, rand_init=starts[attack.start], **common).perturb
 

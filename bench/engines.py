@@ -92,9 +92,8 @@ def _compare(attack: Attack, other: Attack, engine: str, model: Classifier, imag
     both = ours.broken & theirs.broken
     apart = (ours.x_adv - theirs.x_adv).flatten(1).abs().amax(1) > 1e-6
     only = theirs.broken & ~ours.broken, ours.broken & ~theirs.broken
-    masks = {"broken": theirs.broken, "ours": ours.broken, "only_engine": only[0], "only_ours": only[1], "moved": both & apart}
-    counts = {name: int(mask.sum()) for name, mask in masks.items()}
-    return Agreement(type(attack).__name__, attack.norm, engine, seconds=seconds, **counts)
+    broken, own, others, mine, moved = (int(mask.sum()) for mask in (theirs.broken, ours.broken, *only, both & apart))
+    return Agreement(type(attack).__name__, attack.norm, engine, broken, own, others, mine, moved, seconds)
 
 
 def _subject(data: Path | None) -> tuple[Classifier, Images]:
