@@ -216,10 +216,15 @@ def likely_classes(oracle: Oracle, x: Tensor, y: Tensor, count: int) -> Tensor:
     rows = torch.arange(len(x), device=x.device)
     if count == 0:
         return torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
-    with torch.no_grad():
-        scores = oracle.scores(x, rows)
-    wrong = scores.scatter(1, y[:, None], -torch.inf)
-    return wrong.sort(dim=1, descending=True, stable=True).indices[:, : min(count, scores.shape[1] - 1)]
+    affords = oracle.affords(rows)
+    rows = rows if affords is None else rows[affords]
+    order = torch.zeros(len(x), min(count, oracle.classes(x) - 1), dtype=torch.int64, device=x.device)
+    if len(rows):
+        with torch.no_grad():
+            scores = oracle.scores(x[rows], rows)
+        wrong = scores.scatter(1, y[rows, None], -torch.inf)
+        order[rows] = wrong.sort(dim=1, descending=True, stable=True).indices[:, : order.shape[1]]
+    return order
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -103,7 +103,7 @@ class AutoAttack(Attack):
         for name in self.attacks:
             if name not in COMPONENTS:
                 raise ValueError(f"unknown component {name!r}; known are {', '.join(COMPONENTS)}")
-        if self.pieces < 1 or (self.steps or 1) < 1 or (self.proposals or 1) < 1:
+        if any(number is not None and number < 1 for number in (self.pieces, self.steps, self.proposals)):
             raise ValueError(f"needed: pieces, steps, proposals >= 1; got {self.pieces}, {self.steps}, {self.proposals}")
 
     @property
@@ -148,7 +148,7 @@ class AutoAttack(Attack):
         if streams is None:
             raise ValueError("AutoAttack is random: pass streams")
         plan = self.plan(oracle.classes(x), oracle.randomized)
-        if oracle.randomized and oracle.draws == 1:
+        if oracle.randomized and oracle.draws is None:
             oracle = replace(oracle, draws=RAND_DRAWS)
         state = State(self.state, identity(self, plan, oracle, x, y, streams)) if self.state else None
         x_adv, broken_by = x.clone(), torch.full_like(y, -1)

@@ -128,7 +128,7 @@ class Ddn(MinimumNorm):
         return radius * torch.where(wrong, 1 - self.gamma, 1 + self.gamma)
 
     def onto(self, delta: Tensor, radius: Tensor) -> Tensor:
-        length = norm_named(self.norm).length(delta).clamp_min(torch.finfo(delta.dtype).tiny)
+        length = norm_named(self.norm).length(delta).clamp_min(1e-12)
         return delta * per_row(radius / length, delta)
 
 
@@ -152,7 +152,9 @@ class Fmn(MinimumNorm):
     def next_radius(self, radius: Tensor, wrong: Tensor, guess: Tensor, known: Tensor, step: int) -> Tensor:
         gamma = cosine(self.gamma, 0.001, step, self.steps)
         later = torch.where(wrong, torch.minimum(radius, known) * (1 - gamma), radius * (1 + gamma))
-        return torch.where(known.isinf(), guess, later)
+        # A jump that the box cuts short would be made again and again: the ball grows all the same.
+        jump = torch.maximum(guess, radius * (1 + gamma)) if step else guess
+        return torch.where(known.isinf(), jump, later)
 
     def onto(self, delta: Tensor, radius: Tensor) -> Tensor:
         return norm_named(self.norm).project(delta, radius)

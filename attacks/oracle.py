@@ -80,7 +80,7 @@ class Oracle:
     Attributes:
         model: images (n *shape) -> logits (n k).
         streams: noise of all images of the attack; None for a deterministic model.
-        draws: noise draws per question.
+        draws: noise draws per question; None: one, unless the attack knows better.
         average: "loss" returns (draws n k), so that losses are averaged; "probability" returns the log of the mean
             softmax (n k), the SmoothAdv form for smoothed classifiers (Salman et al. 2019).
         meter: counts; None for questions that belong to no search.
@@ -89,7 +89,7 @@ class Oracle:
 
     model: Model
     streams: Streams | None = None
-    draws: int = 1
+    draws: int | None = None
     average: str = "loss"
     meter: Meter | None = None
     places: Tensor | None = None
@@ -101,7 +101,7 @@ class Oracle:
     @property
     def cost(self) -> int:
         """Model evaluations per question."""
-        return self.draws if self.randomized else 1
+        return (self.draws or 1) if self.randomized else 1
 
     def take(self, rows: Tensor) -> Oracle:
         """The oracle of some of the images: integer indices."""
@@ -164,7 +164,7 @@ class Oracle:
             return self.model(x)[keep]
         streams = self.streams.take(rows)
         answers = []
-        for draw in range(self.draws):
+        for draw in range(self.cost):
             with drawing(self.model, streams.child("draw", draw)):
                 answers.append(self.model(x)[keep])
         logits = torch.stack(answers)

@@ -106,7 +106,12 @@ class Square(Attack):
         alive = torch.arange(len(x), device=x.device)
         centre = x.view(-1, *picture)
         here = start(centre, self.eps, streams.child("start"))
-        score = self._ask(oracle, here.view_as(x), y, alive)
+        affords = oracle.affords(alive)
+        if affords is not None:
+            alive, centre, here = alive[affords], centre[affords], here[affords]
+            if len(alive) == 0:
+                return
+        score = self._ask(oracle, here.view(-1, *x.shape[1:]), y, alive)
         at = torch.zeros_like(alive)
         while True:
             over = (at >= self.proposals - 1) | (score > 0 if not oracle.randomized else False)
@@ -124,7 +129,7 @@ class Square(Attack):
             first = int(at[group[0]])
             ahead = self._ahead(phases[first], x.device) if affords is None else 1
             turn = at[group, None] + torch.arange(ahead, device=x.device)
-            end = len(phases) - 1 if phases[-1] == phases[first] else phases.index(phases[first] + 1)
+            end = len(phases) - 1 if phases[-1] == phases[first] else next(n for n, p in enumerate(phases) if p > phases[first])
             valid = turn < end
             spot = numbers[alive[group, None], turn.clamp_max(end)].flatten(0, 1)
             base, middle = (state[group].repeat_interleave(ahead, 0) for state in (here, centre))

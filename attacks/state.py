@@ -47,7 +47,7 @@ def identity(attack: AutoAttack, plan: Plan, oracle: Oracle, x: Tensor, y: Tenso
         "components": [f"{name}: {component}" for name, component in plan.components],
         "seed": streams.seed,
         "purpose": [str(word) for word in streams.purpose],
-        "draws": oracle.draws if oracle.randomized else 0,
+        "draws": oracle.cost if oracle.randomized else 0,
         "average": oracle.average,
         "queries": oracle.meter.queries if oracle.meter else None,
         "dtype": str(x.dtype),
@@ -81,6 +81,7 @@ class State:
 
     def keep(self, number: int, rows: Tensor, oracle: Oracle, x_adv: Tensor, broken_by: Tensor) -> None:
         """Store what component ``number`` did to images ``rows``: points, verdicts, and all that they have cost so far."""
+        _meter(oracle, rows)[0].check()  # what NaN decided is not worth keeping
         content = io.BytesIO()
         spent = _spent(oracle, rows)
         points, verdicts = x_adv[rows].cpu().numpy(), broken_by[rows].cpu().numpy()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import builtins
+import importlib.util
 import random
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from torch import nn
 
 from attacks import Apgd, ApgdT, AutoAttack, Bim, Ddn, Fab, FabT, Fgsm, Mim, Pgd, RFgsm, Square, Streams
 from attacks.reference import COUNTERPARTS, EngineError, check, installed
+from bench.runner import Request, Run
 
 CLASSES, SIDE, IMAGES = 5, 20, 60
 
@@ -182,6 +186,25 @@ def test_limits_and_noisy_models_are_for_the_native_engine():
 
     with pytest.raises(EngineError, match="judges a noisy model by single passes"):
         attack(Noisy().eval(), X, Y, streams())
+
+
+@pytest.mark.slow
+@needs["autoattack"]
+@pytest.mark.parametrize("train, threat", [(0.0, "linf:0.1"), (0.2, "linf:0.2"), (0.2, "l2:1.5")])
+def test_autoattack_and_the_authors_agree_on_real_mnist(real_data, tmp_path, train, threat):
+    """100 images, a normally and an adversarially trained LeNet-5; the whole standard version. Minutes each."""
+    place = Path(__file__).parent / "speed" / "attacks.py"
+    spec = importlib.util.spec_from_file_location("speed_attacks", place)
+    speed = importlib.util.module_from_spec(spec)
+    sys.modules["speed_attacks"] = speed
+    spec.loader.exec_module(speed)
+    run = Run(Request(defense="randsmooth@sigma=0.1", suite="mnist", only=("clean",), data=real_data, runs=tmp_path))
+    model = speed.hardened(run, train) if train else speed.plain(run)
+    norm, _, eps = threat.partition(":")
+    options = argparse.Namespace(device="cpu", again=False, alone=False)
+    note = speed.compare(model, run.test.first(100), norm, float(eps), options)
+    assert 0.2 <= note["reference"] <= 0.8
+    assert note["differ"] <= 1
 
 
 def test_an_engine_that_is_not_installed_says_how_to_get_it(monkeypatch):

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import sys
 
-sys.path.pop(0)  # this folder, where this file has the name of the package that it measures
+if __name__ == "__main__":
+    sys.path.pop(0)  # this folder, where this file has the name of the package that it measures
 
 import argparse
 import copy
