@@ -6,7 +6,8 @@ The network is the first of a defense, by default the naive ensemble (read from 
 ``--train EPS`` one of the same architecture adversarially trained by this script. Both engines run the components of `standard`
 in turn on the images that still stand; the reference gets its own default batch of 250, and the network in its usual memory
 layout. Time is CPU time of one thread (on CUDA: wall time, synchronised). ``--again`` also runs the reference under another
-seed: how much it differs from itself. ``--alone`` compares each component on all images.
+seed: how much it differs from itself. ``--alone`` compares each component on all images. Images on which the engines differ are
+attacked again by both under five seeds: at the edge the seed decides, and both break an image under some of them.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ from defenses.nets import network
 
 COMPONENTS = {"apgd_ce": "apgd-ce", "apgd_t": "apgd-t", "fab_t": "fab-t", "square": "square"}
 """The standard version: our names and the reference's."""
+
+SEEDS = 5
+"""Seeds under which an image is attacked again where the verdicts differ."""
 
 Step = Callable[[str, Tensor, Tensor, Tensor], tuple[Tensor, int, int]]
 """(component, images, labels, ids) -> (broken (n), forwards, backwards)."""
@@ -96,7 +100,7 @@ COLUMNS = ["suite", "network", "threat", "images", "clean", "ours", "reference",
 def compare(model: Classifier, images: Images, norm: str, eps: float, options: argparse.Namespace) -> dict[str, Any]:
     """One threat model: both cascades, and what they cost."""
     x, y = images.floats(), images.labels
-    mine, spent = cascade(ours(model, norm, eps), model, images, options)
+    mine, spent = cascade(ours(model, norm, eps, 0), model, images, options)
     other, theirs = cascade(reference(model, norm, eps, 0), model, images, options)
     note: dict[str, Any] = {"norm": norm, "eps": eps, "images": len(images)}
     note["clean"] = float((decide(model, x) == y).double().mean())
@@ -104,6 +108,8 @@ def compare(model: Classifier, images: Images, norm: str, eps: float, options: a
     note["differ"] = int((mine != other).sum())
     note["only_ours_broke"] = images.ids[other & ~mine].tolist()
     note["only_reference_broke"] = images.ids[mine & ~other].tolist()
+    at_edge = (mine != other).nonzero().flatten()
+    note["edge"] = edge(model, images.take(at_edge), norm, eps, options) if len(at_edge) else []
     note["seconds"], note["reference s"] = (sum(part.seconds for part in parts) for parts in (spent, theirs))
     note["ratio"] = note["reference s"] / note["seconds"]
     named = [("ours", part) for part in spent] + [("reference", part) for part in theirs]
@@ -134,13 +140,26 @@ def cascade(step: Step, model: Classifier, images: Images, options: argparse.Nam
     return stands, spent
 
 
+def edge(model: Classifier, images: Images, norm: str, eps: float, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Images with different verdicts under more seeds: in how many each engine breaks them. A real difference is all to none."""
+    engines = {"ours": ours, "reference": reference}
+    broke = {name: torch.zeros(len(images), dtype=torch.int64) for name in engines}
+    for name, engine in engines.items():
+        for seed in range(SEEDS):
+            broke[name] += (~cascade(engine(model, norm, eps, seed), model, images, options)[0]).cpu()
+    return [
+        {"image": int(image), "seeds": SEEDS, **{name: int(broke[name][row]) for name in engines}}
+        for row, image in enumerate(images.ids)
+    ]
+
+
 def alone(name: str, model: Classifier, images: Images, norm: str, eps: float) -> dict[str, Any]:
     """One component on all images that are right: survivors by both engines, and the differing verdicts."""
     x, y = images.floats(), images.labels
     right = (decide(model, x) == y).nonzero().flatten()
     broken = [
         step(name, x[right], y[right], images.ids[right])[0]
-        for step in (ours(model, norm, eps), reference(model, norm, eps, 0))
+        for step in (ours(model, norm, eps, 0), reference(model, norm, eps, 0))
     ]
     left = [int((~one).sum()) for one in broken]
     return {
@@ -152,12 +171,12 @@ def alone(name: str, model: Classifier, images: Images, norm: str, eps: float) -
     }
 
 
-def ours(model: Classifier, norm: str, eps: float) -> Step:
+def ours(model: Classifier, norm: str, eps: float, seed: int) -> Step:
     """Our components."""
 
     def step(name: str, x: Tensor, y: Tensor, ids: Tensor) -> tuple[Tensor, int, int]:
         attack = AutoAttack(norm=norm, eps=eps, version="custom", attacks=(name,))
-        result = attack(model, x, y, Streams(0, "speed", ids=ids.tolist(), device=x.device))
+        result = attack(model, x, y, Streams(seed, "speed", ids=ids.tolist(), device=x.device))
         return result.broken, int(result.forwards.sum()), int(result.backwards.sum())
 
     return step
