@@ -141,7 +141,7 @@ def cascade(step: Step, model: Classifier, images: Images, options: argparse.Nam
 
 
 def edge(model: Classifier, images: Images, norm: str, eps: float, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Images with different verdicts under more seeds: in how many each engine breaks them. A real difference is all to none."""
+    """Images with different verdicts under more seeds: in how many each engine breaks them; a difference is all to none."""
     engines = {"ours": ours, "reference": reference}
     broke = {name: torch.zeros(len(images), dtype=torch.int64) for name in engines}
     for name, engine in engines.items():
