@@ -62,6 +62,9 @@ class Smoothed(Classifier, Draws):
         self.base = base
         self.sigma = sigma
 
+    def extra_repr(self) -> str:
+        return f"sigma={self.sigma}"  # what names a model by its text must tell one noise from another
+
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x + self.sigma * self.drawn().normal(x.shape[1:]).to(x))
 

@@ -7,6 +7,7 @@ from torch import nn, tensor
 from attacks import ATTACKS, Apgd, ApgdT, AutoAttack, ContractError, Eot, Fab, FabT, Square, Streams
 from attacks.autoattack import COMPONENTS, RAND_DRAWS, VERSIONS
 from attacks.streams import Draws
+from defenses.smoothing import Smoothed
 
 FIELDS = ("x_adv", "broken", "forwards", "backwards", "zeros", "distance")
 
@@ -303,6 +304,13 @@ def test_a_state_of_another_question_is_refused_and_says_what_differs(tmp_path, 
     attacked(with_state(tmp_path))
     with pytest.raises(ValueError, match=rf"holds work on another question: .*\b{field} was .*, now "):
         attacked(with_state(tmp_path, **changes), **call)
+
+
+def test_a_state_knows_settings_of_a_model_that_are_no_weights(tmp_path):
+    attack = AutoAttack(norm="linf", eps=0.1, steps=1, state=tmp_path)
+    attacked(attack, Smoothed(Net(), 0.25).eval())
+    with pytest.raises(ValueError, match="weights was"):
+        attacked(attack, Smoothed(Net(), 0.5).eval())
 
 
 def test_a_state_needs_a_model_whose_weights_have_a_name(tmp_path):

@@ -82,6 +82,18 @@ def test_ddn_turns_along_the_gradient_by_its_stride_and_back_onto_its_sphere():
     assert delta[2].tolist() == pytest.approx((2.25 * turned / turned.norm()).clamp(max=0.5).tolist())
 
 
+def test_ddn_climbs_the_cross_entropy():
+    # Two wrong classes are equally likely, and each looks at a pixel: of both margins the cross entropy raises the mean.
+    asked = []
+
+    def model(x):
+        asked.append(x.detach()[0] - 0.5)
+        return torch.stack([torch.full_like(x[:, 0], 9.0), *x.unbind(1)], 1)
+
+    Ddn(steps=1)(model, torch.full((1, 2), 0.5, dtype=torch.float64), tensor([0]))
+    assert asked[2].tolist() == pytest.approx([0.5, 0.5])
+
+
 # --- FMN's radius
 
 
@@ -109,6 +121,12 @@ def test_the_jump_of_fmn_goes_by_the_dual_norm_of_the_gradient(norm, dual, far):
     delta, result = walked(Fmn(norm=norm, steps=30), 0.7, torch.full((1, 2), 0.5, dtype=torch.float64), (3.0, 4.0))
     assert delta[1].tolist() == pytest.approx([1.01 * d for d in far])
     assert 0.7 / dual < result.distance < 1.003 * 0.7 / dual
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_step_of_fmn_has_its_length_in_l2_in_both_norms(norm):
+    delta, _ = walked(Fmn(norm=norm, steps=30, first=0.01), 0.7, torch.full((1, 2), 0.5, dtype=torch.float64), (3.0, 4.0))
+    assert delta[1].tolist() == pytest.approx([0.006, 0.008])
 
 
 def test_fmn_goes_on_until_it_crosses_where_the_first_jump_falls_short():

@@ -10,6 +10,7 @@ from attacks.square import HALVINGS, _bump, _hill
 NORMS = pytest.mark.parametrize("norm", ["linf", "l2"])
 CIFAR = torch.Size([3, 32, 32])
 HALF = tensor(0.5, dtype=torch.float64)
+PICTURE = torch.rand(3, 9, 9, generator=torch.Generator().manual_seed(0)).round(decimals=1).double()
 
 
 class Hills(nn.Module):
@@ -112,15 +113,17 @@ def test_the_linf_search_starts_with_vertical_stripes_at_the_edge_of_the_ball():
 
 
 def test_the_l2_search_starts_with_tiles_on_the_sphere():
-    x = HALF.expand(1, 11, 12)
+    x = HALF.expand(1, 16, 17)
     _, asked, _ = searched("l2", x, proposals=1)
     delta = (asked[0] - x)[0]
     assert delta.norm().item() == pytest.approx(0.1, rel=1e-5)
-    # Tiles of 11 // 5 = 2: five by six of them, half of each the negative of the other, a row left over at the bottom.
-    assert (delta[10] == 0).all()
-    tiles = delta[:10].view(5, 2, 6, 2)
-    torch.testing.assert_close(tiles[:, 0], -tiles[:, 1])
-    assert (delta[:10].abs() > 0).all() and (tiles[:, 0, :, 0].sign() == tiles[:, 0, :, 1].sign()).all()
+    # Tiles of 16 // 5 = 3: five by five of them in the middle, each a bump of either sign.
+    assert (delta[15] == 0).all() and (delta[:, [0, 16]] == 0).all()
+    tiles = delta[:15, 1:16].reshape(5, 3, 5, 3).transpose(1, 2).reshape(25, 9)
+    share = tiles @ _bump(3).flatten()
+    torch.testing.assert_close(tiles, share[:, None] * _bump(3).flatten())
+    torch.testing.assert_close(share.abs(), torch.full_like(share, 0.1 / 5))
+    assert len(share.sign().unique()) == 2
 
 
 def test_every_linf_question_is_at_the_edge_of_ball_or_box():
@@ -137,18 +140,18 @@ def test_a_linf_question_differs_from_the_best_point_in_one_window_and_never_in_
     attack = Square(norm="linf", eps=8 / 255, proposals=1500)
     model, asked, result = searched("linf", x, eps=8 / 255, proposals=1500)
     assert len(asked) == result.forwards < 1420, "what changes nothing is not asked, nor counted"
-    places, channels, corners = set(), set(), set()
+    places, signs, corners = set(), set(), set()
     for here, there in walk(model, asked):
         changed = (there - here).abs() > 8 / 255
         assert changed.any(), "a question about the present point"
         rows, columns = changed.any(0).any(1).nonzero().flatten(), changed.any(0).any(0).nonzero().flatten()
         height, width = (int(span[-1] - span[0]) + 1 for span in (rows, columns))
         assert max(height, width) <= attack.side(0, x.shape)
-        channels.add(tuple(changed.any(1).any(1).tolist()))
+        signs.add(tuple((there - here).sum((1, 2)).sign().tolist()))
         if height == width == 1:
             places.add((int(rows[0]), int(columns[0])))
         corners.add((int(rows[0]) == 0, int(columns[0]) == 0, int(rows[-1]) == 6, int(columns[-1]) == 6))
-    assert channels == {(True, True), (True, False), (False, True)}, "each channel has a sign of its own"
+    assert len(signs) == 8, "each channel has a sign of its own: all pairs of -1, 0 (nothing to do) and 1 but (0, 0)"
     assert (True, True, False, False) in corners and (False, False, True, True) in corners
     assert {row for row, _ in places} == {column for _, column in places} == set(range(7)), "the last row and column too"
 
@@ -168,18 +171,25 @@ def test_every_l2_question_lies_on_the_sphere():
     length = (asked - x).flatten(1).norm(dim=1)
     torch.testing.assert_close(length, torch.full_like(length, 0.7), rtol=1e-5, atol=0)
     assert len(asked) == result.forwards == 400
-    for number, (here, there) in enumerate(walk(model, asked)):
-        # Two windows trade their mass, in each channel for itself; all else stays as it was.
-        changed = ((there - here).abs() > 1e-9).any(0).sum()
-        assert 0 < changed <= 2 * Square(norm="l2", eps=0.7).side(number, x.shape) ** 2
+    for here, there in walk(model, asked):
+        # Windows trade their mass in each channel for itself.
         mass, before = ((point - x).square().sum((1, 2)) for point in (there, here))
         torch.testing.assert_close(mass, before)
 
 
 def test_an_l2_question_leaves_the_sphere_only_where_the_box_cuts_it():
-    x = torch.rand(1, 9, 9, generator=torch.Generator().manual_seed(0)).round(decimals=1).double()
-    _, asked, _ = searched("l2", x, eps=1.5, proposals=200)
-    assert asked.min() >= 0 and asked.max() <= 1 and ((asked - x).flatten(1).norm(dim=1) <= 1.5 * (1 + 1e-6)).all()
+    _, asked, _ = searched("l2", PICTURE, eps=1.5, proposals=200)
+    length = (asked - PICTURE).flatten(1).norm(dim=1)
+    assert asked.min() >= 0 and asked.max() <= 1 and length.max() <= 1.5 * (1 + 1e-6) and length.min() < 1.4
+
+
+@pytest.mark.parametrize("eps, x", [(0.7, HALF.expand(3, 9, 9)), (1.5, PICTURE)])
+def test_an_l2_question_leaves_everything_outside_two_windows_as_it_was(eps, x):
+    # What they get is what they had, and what the box had cut off from the sphere: then no other pixel need be rescaled.
+    model, asked, _ = searched("l2", x, eps=eps, proposals=400)
+    for number, (here, there) in enumerate(walk(model, asked)):
+        changed = ((there - here).abs() > 1e-9).any(0).sum()
+        assert 0 < changed <= 2 * Square(norm="l2", eps=1).side(number, x.shape) ** 2
 
 
 @NORMS
