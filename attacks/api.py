@@ -42,10 +42,17 @@ class AttackResult:
 
 @dataclass(frozen=True)
 class Search:
-    """What a subclass's :meth:`Attack.run` returns: a point for each image, and what else it can tell (n) int64."""
+    """What a subclass's :meth:`Attack.run` returns.
+
+    Attributes:
+        x_adv: (n *shape), a point for each image.
+        details: what else it can tell, (n) int64 by name.
+        broken: (n) bool, the verdicts on ``x_adv``, where :func:`attacks.oracle.decide` has already been asked for them.
+    """
 
     x_adv: Tensor
     details: Mapping[str, Tensor] = field(default_factory=dict)
+    broken: Tensor | None = None
 
 
 class Best:
@@ -123,6 +130,8 @@ class Attack(ABC):
             for rows in torch.arange(len(x), device=x.device).split(self.batch(x.device)):
                 noise = streams.take(rows) if streams else None
                 parts.append(self.run(oracle.take(rows), x[rows], y[rows], noise))
+            if len(parts) == 1:
+                return parts[0]
             details = {name: torch.cat([part.details[name] for part in parts]) for name in parts[0].details}
             return Search(torch.cat([part.x_adv for part in parts]), details)
         from attacks import reference
@@ -167,7 +176,7 @@ class Attack(ABC):
             for name, values in found.details.items():
                 details[name] = torch.full_like(y, -1).index_copy_(0, rest, values)
             fresh = noise.child("verdict") if noise else None
-            broken[rest] = decide(model, x_adv[rest], fresh) != y[rest]
+            broken[rest] = decide(model, x_adv[rest], fresh) != y[rest] if found.broken is None else found.broken
         distance = norm(self.norm).length(x_adv.double() - x.double()).to(x.dtype)
         self._check_output(x, x_adv)
         if _fingerprint(model) != before:

@@ -167,4 +167,4 @@ class AutoAttack(Attack):
                 broken_by[some[wrong]] = number
                 if state:
                     state.keep(number, some, oracle, x_adv, broken_by)
-        return Search(x_adv, {"broken_by": broken_by})
+        return Search(x_adv, {"broken_by": broken_by}, broken_by >= 0)
