@@ -130,12 +130,17 @@ def test_a_step_of_fmn_has_its_length_in_l2_in_both_norms(norm):
 
 
 def test_fmn_goes_on_until_it_crosses_where_the_first_jump_falls_short():
-    # The score is a root: the tangent at the image, whose slope is larger, reaches the wall too early, then again and again.
+    # The score is a root, so that tangents are too steep. At 0: .18377 / 1.58114 = .11623, and 1.01 times as much is .11739; at
+    # .11739 sqrt(.21739) = .46625 is left: .03375 / 1.07238 = .03147, and .11739 + 1.01 * .03147 = .14918 still falls short.
+    asked = []
+
     def model(x):
+        asked.append(x.detach()[0, 0].item() - 0.5)
         score = (x.flatten(1).sum(1) - 0.4).sqrt() - 0.5
         return torch.stack([torch.zeros_like(score), score], 1)
 
     result = Fmn(norm="linf", steps=50)(model, MIDDLE, tensor([0]))
+    assert asked[1:4] == pytest.approx([0, 0.11739, 0.14918], abs=2e-5)
     assert result.broken and 0.15 < result.distance < 0.15 * 1.01
 
 

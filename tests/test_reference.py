@@ -201,14 +201,14 @@ def test_autoattack_and_the_authors_agree_on_real_mnist(real_data, tmp_path, tra
     run = Run(Request(defense="randsmooth@sigma=0.1", suite="mnist", only=("clean",), data=real_data, runs=tmp_path))
     model = speed.hardened(run, train) if train else speed.plain(run)
     norm, _, eps = threat.partition(":")
-    options = argparse.Namespace(device="cpu", again=False, alone=False)
-    note = speed.compare(model, run.test.first(100), norm, float(eps), options)
+    note = speed.compare(
+        model, run.test.first(100), norm, float(eps), argparse.Namespace(device="cpu", spread=True, alone=False)
+    )
     assert 0.2 <= note["reference"] <= 0.8
-    # At the edge the seed decides, in both engines: that is no difference, all seeds against none would be one.
-    assert note["differ"] <= 1 or not [
-        image for image in note["edge"] if abs(image["ours"] - image["reference"]) == image["seeds"]
-    ]
-    assert note["differ"] <= 4 and abs(note["ours"] - note["reference"]) <= 0.01
+    # Near the radius the seed decides: the engines may differ as much as the authors' code from itself under another seed.
+    assert note["differ"] <= max(1, note["spread"]["reference_differs_from_itself"][2])
+    _, mean, _ = note["spread"]["ours_differs_from_reference"]
+    assert mean <= max(1, note["spread"]["reference_differs_from_itself"][2])
 
 
 def test_an_engine_that_is_not_installed_says_how_to_get_it(monkeypatch):

@@ -1,13 +1,13 @@
 """AutoAttack against its authors' code: the same networks and images, verdicts image by image, seconds and evaluations.
 
-    python tests/speed/attacks.py --suite mnist --data DIR --eps linf:0.1 linf:0.3 l2:1.5 [--train 0.2] [--images 100] [--again]
+    python tests/speed/attacks.py --suite mnist --data DIR --eps linf:0.1 l2:1.5 [--train 0.2] [--images 100] [--spread]
 
 The network is the first of a defense, by default the naive ensemble (read from the runs folder, trained where missing), or with
 ``--train EPS`` one of the same architecture adversarially trained by this script. Both engines run the components of `standard`
 in turn on the images that still stand; the reference gets its own default batch of 250, and the network in its usual memory
-layout. Time is CPU time of one thread (on CUDA: wall time, synchronised). ``--again`` also runs the reference under another
-seed: how much it differs from itself. ``--alone`` compares each component on all images. Images on which the engines differ are
-attacked again by both under five seeds: at the edge the seed decides, and both break an image under some of them.
+layout. Time is CPU time of one thread (on CUDA: wall time, synchronised). ``--spread`` attacks the images near the radius under
+five seeds by both engines: how many verdicts differ between seeds, and how many between engines. ``--alone`` compares each
+component on all images.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if __name__ == "__main__":
 
 import argparse
 import copy
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from attacks import AutoAttack, Pgd, Streams
+from attacks import AutoAttack, Fmn, Pgd, Streams
 from attacks.oracle import decide
 from attacks.reference import Counted, installed
 from attacks.streams import generator
@@ -47,7 +48,7 @@ COMPONENTS = {"apgd_ce": "apgd-ce", "apgd_t": "apgd-t", "fab_t": "fab-t", "squar
 """The standard version: our names and the reference's."""
 
 SEEDS = 5
-"""Seeds under which an image is attacked again where the verdicts differ."""
+"""Seeds under which images near the radius are attacked."""
 
 Step = Callable[[str, Tensor, Tensor, Tensor], tuple[Tensor, int, int]]
 """(component, images, labels, ids) -> (broken (n), forwards, backwards)."""
@@ -108,15 +109,13 @@ def compare(model: Classifier, images: Images, norm: str, eps: float, options: a
     note["differ"] = int((mine != other).sum())
     note["only_ours_broke"] = images.ids[other & ~mine].tolist()
     note["only_reference_broke"] = images.ids[mine & ~other].tolist()
-    at_edge = (mine != other).nonzero().flatten()
-    note["edge"] = edge(model, images.take(at_edge), norm, eps, options) if len(at_edge) else []
     note["seconds"], note["reference s"] = (sum(part.seconds for part in parts) for parts in (spent, theirs))
     note["ratio"] = note["reference s"] / note["seconds"]
     named = [("ours", part) for part in spent] + [("reference", part) for part in theirs]
     note["components"] = [{"engine": engine, **vars(part)} for engine, part in named]
-    if options.again:
-        again, _ = cascade(reference(model, norm, eps, 1), model, images, options)
-        note["reference_differs_from_itself"] = int((again != other).sum())
+    if options.spread:
+        note["spread"] = spread(model, images, norm, eps, options)
+        print(json.dumps(note["spread"]), flush=True)
     if options.alone:
         note["alone"] = [alone(name, model, images, norm, eps) for name in COMPONENTS]
         print(tabulate(note["alone"], headers="keys"), flush=True)
@@ -140,17 +139,33 @@ def cascade(step: Step, model: Classifier, images: Images, options: argparse.Nam
     return stands, spent
 
 
-def edge(model: Classifier, images: Images, norm: str, eps: float, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Images with different verdicts under more seeds: in how many each engine breaks them; a difference is all to none."""
-    engines = {"ours": ours, "reference": reference}
-    broke = {name: torch.zeros(len(images), dtype=torch.int64) for name in engines}
-    for name, engine in engines.items():
-        for seed in range(SEEDS):
-            broke[name] += (~cascade(engine(model, norm, eps, seed), model, images, options)[0]).cpu()
-    return [
-        {"image": int(image), "seeds": SEEDS, **{name: int(broke[name][row]) for name in engines}}
-        for row, image in enumerate(images.ids)
-    ]
+def spread(model: Classifier, images: Images, norm: str, eps: float, options: argparse.Namespace) -> dict[str, Any]:
+    """Verdicts that differ between two seeds of an engine, and between the engines, over images near the radius.
+
+    Only there, within 6 % of the nearest adversarial point that FMN finds, does the seed decide.
+    """
+    x, y = images.floats(), images.labels
+    nearest = Fmn(norm=norm, steps=300)(model, x, y)
+    near = ((nearest.distance / eps - 1).abs() < 0.06) & (nearest.forwards > 0)
+    some = images.take(near.nonzero().flatten())
+    found = {
+        name: torch.stack([cascade(engine(model, norm, eps, seed), model, some, options)[0].cpu() for seed in range(SEEDS)])
+        for name, engine in (("ours", ours), ("reference", reference))
+    }
+    pairs = list(itertools.combinations(range(SEEDS), 2))
+    within = {name: [int((masks[i] != masks[j]).sum()) for i, j in pairs] for name, masks in found.items()}
+    between = [int((one != other).sum()) for one in found["ours"] for other in found["reference"]]
+    return {
+        "images": len(some),
+        "seeds": SEEDS,
+        "survive_ours": [int(mask.sum()) for mask in found["ours"]],
+        "survive_reference": [int(mask.sum()) for mask in found["reference"]],
+        **{
+            f"{name}_differs_from_itself": [min(counts), sum(counts) / len(counts), max(counts)]
+            for name, counts in within.items()
+        },
+        "ours_differs_from_reference": [min(between), sum(between) / len(between), max(between)],
+    }
 
 
 def alone(name: str, model: Classifier, images: Images, norm: str, eps: float) -> dict[str, Any]:
@@ -251,7 +266,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--eps", nargs="+", default=["linf:0.1"], help="threats, NORM:EPS")
     parser.add_argument("--train", type=float, default=0.0, help="train adversarially at this l_inf radius")
     parser.add_argument("--images", type=int, default=100)
-    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--spread", action="store_true")
     parser.add_argument("--alone", action="store_true")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--runs", type=Path, default=Path("runs"))
