@@ -205,10 +205,11 @@ def test_autoattack_and_the_authors_agree_on_real_mnist(real_data, tmp_path, tra
         model, run.test.first(100), norm, float(eps), argparse.Namespace(device="cpu", spread=True, alone=False)
     )
     assert 0.2 <= note["reference"] <= 0.8
-    # Near the radius the seed decides: the engines may differ as much as the authors' code from itself under another seed.
-    assert note["differ"] <= max(1, note["spread"]["reference_differs_from_itself"][2])
-    _, mean, _ = note["spread"]["ours_differs_from_reference"]
-    assert mean <= max(1, note["spread"]["reference_differs_from_itself"][2])
+    # Near the radius the seed decides: two engines may differ as much as one of them from itself, and be equally strong.
+    near = note["spread"]
+    assert note["differ"] <= max(1, near["ours_differs_from_itself"][2], near["reference_differs_from_itself"][2])
+    survivors = [sum(near[f"survive_{engine}"]) / near["seeds"] for engine in ("ours", "reference")]
+    assert abs(survivors[0] - survivors[1]) <= 1
 
 
 def test_an_engine_that_is_not_installed_says_how_to_get_it(monkeypatch):
