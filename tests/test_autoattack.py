@@ -1,5 +1,6 @@
 """AutoAttack: its versions as data, who attacks whom, noise, and work that survives a kill (methods 8.10)."""
 
+import os
 from dataclasses import dataclass
 
 import pytest
@@ -49,7 +50,7 @@ def attacked(attack, model=None, x=X, y=Y, seed=0, **options):
 def with_state(folder, **changes):
     # Square breaks some, APGD others, FAB asks about what is left.
     settings = {"norm": "linf", "eps": 0.02, "version": "custom", "attacks": ("square", "apgd_ce", "fab_t"), "steps": 2}
-    return AutoAttack(**{**settings, "proposals": 5, "pieces": 12, "state": folder, **changes})
+    return AutoAttack(**{**settings, "proposals": 5, "pieces": 8, "state": folder, **changes})
 
 
 def assert_same(a, b):
@@ -255,7 +256,7 @@ def test_a_kill_at_any_question_loses_only_the_piece_under_way(tmp_path):
     net, files = Net(), []
     net.watch = lambda: files.append(len(list((tmp_path / "whole").glob("*.npz"))))
     whole = attacked(with_state(tmp_path / "whole"), net)
-    assert len(list((tmp_path / "whole").glob("*.npz"))) == 6 and net.calls == len(files)
+    assert len(list((tmp_path / "whole").glob("*.npz"))) == 8 and net.calls == len(files)
     assert_same(whole, attacked(with_state(None)))
     for stop in range(1, len(files)):
         folder, killed, resumed = tmp_path / str(stop), Net(), Net()
@@ -269,20 +270,26 @@ def test_a_kill_at_any_question_loses_only_the_piece_under_way(tmp_path):
 
 def test_finished_work_is_not_asked_again_however_often_or_in_other_pieces(tmp_path):
     whole = attacked(with_state(tmp_path))
-    for pieces in (12, 4, 100):
+    for pieces in (8, 4, 100):
         net = Net()
         assert_same(attacked(with_state(tmp_path, pieces=pieces), net), whole)
         assert net.calls == 2, "the verdict before the attack and the number of classes"
 
 
-def test_pieces_may_change_after_a_kill_and_half_a_file_is_ignored(tmp_path):
-    killed = Net()
-    killed.stop = 20
-    with pytest.raises(KeyboardInterrupt):
-        attacked(with_state(tmp_path), killed)
-    assert list(tmp_path.glob("*.npz"))
-    (tmp_path / ".01-0000000-9.npz.tmp").write_bytes(b"half")
-    assert_same(attacked(with_state(tmp_path, pieces=2)), attacked(with_state(None)))
+def test_pieces_may_change_after_a_kill_in_the_middle_of_a_file(tmp_path, monkeypatch):
+    writes = []
+
+    def dies(handle):
+        writes.append(handle)
+        if len(writes) == 4:  # what the question is, and two pieces, are on disk
+            os.ftruncate(handle, 100)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "fsync", dies)
+        attacked(with_state(tmp_path))
+    assert len(list(tmp_path.glob("*.npz"))) == 2
+    assert_same(attacked(with_state(tmp_path, pieces=3)), attacked(with_state(None)))
 
 
 def test_a_randomised_model_resumes_too(tmp_path):
@@ -305,7 +312,8 @@ def other_weights():
     "field, changes, call",
     [
         ("weights", {}, {"model": other_weights()}),
-        ("data", {}, {"x": X.flip(3)}),
+        ("data", {}, {"x": X * 0.999}),
+        ("data", {}, {"y": (Y + (torch.arange(24) == 5)) % 5}),
         ("norm", {"norm": "l2"}, {}),
         ("eps", {"eps": 0.03}, {}),
         ("version", {"version": "cear", "attacks": ()}, {}),

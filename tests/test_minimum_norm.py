@@ -83,15 +83,16 @@ def test_ddn_turns_along_the_gradient_by_its_stride_and_back_onto_its_sphere():
 
 
 def test_ddn_climbs_the_cross_entropy():
-    # Two wrong classes are equally likely, and each looks at a pixel: of both margins the cross entropy raises the mean.
+    # Each wrong class looks at a pixel, and the first is e times as likely: the cross entropy rises along (e, 1), the margin
+    # along (1, 0). The first step goes 1.05 far, with .5 of room.
     asked = []
 
     def model(x):
         asked.append(x.detach()[0] - 0.5)
-        return torch.stack([torch.full_like(x[:, 0], 9.0), *x.unbind(1)], 1)
+        return torch.stack([torch.full_like(x[:, 0], 9.0), x[:, 0], x[:, 1] - 1], 1)
 
     Ddn(steps=1)(model, torch.full((1, 2), 0.5, dtype=torch.float64), tensor([0]))
-    assert asked[2].tolist() == pytest.approx([0.5, 0.5])
+    assert asked[2].tolist() == pytest.approx([0.5, 1.05 / math.hypot(math.e, 1)], rel=1e-5)
 
 
 # --- FMN's radius

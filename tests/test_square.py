@@ -5,7 +5,7 @@ import torch
 from torch import nn, tensor
 
 from attacks import Apgd, Pgd, Square, Streams
-from attacks.square import HALVINGS, _bump, _hill
+from attacks.square import HALVINGS, MOVES, _bump, _hill
 
 NORMS = pytest.mark.parametrize("norm", ["linf", "l2"])
 CIFAR = torch.Size([3, 32, 32])
@@ -92,6 +92,18 @@ def test_a_bump_is_a_hill_above_its_negative_and_has_norm_one(side):
     else:
         torch.testing.assert_close(bump[side // 2 :], -bump[: side // 2])
     assert _bump(1).item() == 1
+
+
+def test_an_l2_window_gets_a_bump_of_any_turn_and_a_sign_for_each_channel():
+    # Numbers below one half are +1, or a bump as it is; others -1, or its transpose. Windows of 3 at (0, 0) and (3, 3) of 6 by
+    # 6: from nothing each of three channels gets a third of the square of the radius.
+    propose, centre, bump = MOVES["l2"][1], HALF.expand(2, 3, 6, 6), _bump(3)
+    spot = tensor([[0.0, 0.0, 0.99, 0.99, 0.1, 0.1, 0.9, 0.1], [0.0, 0.0, 0.99, 0.99, 0.9, 0.9, 0.9, 0.1]], dtype=torch.float64)
+    points, changed = propose(centre, centre, 0.3, 3, spot)
+    delta, share = points - centre, 0.3 / 3**0.5
+    assert changed.all() and (delta[:, :, 3:] == 0).all() and (delta[:, :, :, 3:] == 0).all()
+    torch.testing.assert_close(delta[0, :, :3, :3], share * torch.stack([bump, -bump, bump]))
+    torch.testing.assert_close(delta[1, :, :3, :3], share * torch.stack([-bump.T, -bump.T, bump.T]))
 
 
 def test_a_hill_sums_inverse_squares_of_its_rings():
