@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,6 +40,7 @@ def run(  # noqa: PLR0913, PLR0917 (every option of the contract)
     data: Data = None,
     runs: Runs = Path("runs"),
     fresh: Annotated[bool, typer.Option("--fresh", help="move old results aside (never deleted) and begin anew")] = False,
+    shard: Annotated[str, typer.Option(help="I/K: do every K-th piece, from the I-th; then merge, and run without it")] = "1/1",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be done")] = False,
 ) -> None:
     """Train what is missing, evaluate what is missing, store every record, draw the plots."""
@@ -59,6 +61,7 @@ def run(  # noqa: PLR0913, PLR0917 (every option of the contract)
         data=data,
         runs=runs,
         fresh=fresh,
+        shard=_shard(shard),
     )
     job = Run(request, Progress(sys.stderr))
     if dry_run:
@@ -98,6 +101,27 @@ def _show(root: Path, suite: str, records: list[Record]) -> None:
             print(f"failed: {record.defense['variant']} {record.eval['name']} (seed {record.seed}): {last}")
     drawn = plots.draw(store, suite, root / suite / "plots")
     print(f"\nrecords: {root / suite}\nplots:   {', '.join(str(path) for path in drawn if path.suffix == '.png')}")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    place, _, shards = text.partition("/")
+    try:
+        return int(place), int(shards)
+    except ValueError:
+        raise ValueError(f"--shard: {text!r} is not I/K, such as 2/3") from None
+
+
+@app.command()
+def merge(
+    folders: Annotated[list[Path], typer.Argument(help="run folders of other shards")],
+    runs: Runs = Path("runs"),
+) -> None:
+    """Bring the pieces, networks and records of shards that ran apart into one run folder."""
+    from bench.merge import merge as bring
+
+    for folder in folders:
+        found = bring(folder, runs)
+        print(f"{folder}: " + ", ".join(f"{count} {what}" for what, count in found.items()) + f" brought to {runs}")
 
 
 def _seeds(text: str) -> tuple[int, ...]:
@@ -193,6 +217,47 @@ def plot(suite: SuiteName, out: Out = Path("plots"), runs: Runs = Path("runs")) 
     from bench import plots
 
     for path in plots.draw(_filled(runs, suite), suite, out):
+        print(path)
+
+
+@app.command()
+def audit(
+    logs: Annotated[list[Path], typer.Argument(help="tab-separated logs, records (.json or .parquet), folders of them")],
+    radii: Annotated[str, typer.Option(help="where certified accuracy is told, e.g. 0,0.25,0.5; default: 0 to 2.25")] = "",
+    sigma: Annotated[float | None, typer.Option(help="noise of logs that do not say; without it no ceiling is checked")] = None,
+    alpha: Annotated[float | None, typer.Option(help="error probability of logs that do not say; default: 0.001")] = None,
+    n: Annotated[int | None, typer.Option(help="draws of logs that do not say; default: 100000")] = None,
+    format_: Annotated[str, typer.Option("--format", help="text, json, csv, latex or md")] = "text",
+) -> None:
+    """Look for what cannot be true in certification logs, anybody's or ours; exit code 1 if there is something."""
+    from bench import audit as auditor
+
+    if format_ not in auditor.FORMATS:
+        from bench.suites import unknown
+
+        raise ValueError(f"--format: {unknown(format_, auditor.FORMATS)}")
+    reports = auditor.audit(logs, _radii(radii), sigma, alpha, n)
+    print(auditor.render(reports, format_))
+    if any(report.problems for report in reports):
+        raise typer.Exit(FAILED)
+
+
+def _radii(text: str) -> list[float] | None:
+    try:
+        return [float(Fraction(radius)) for radius in text.split(",")] if text else None
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"--radii: {text!r} is no list of numbers such as 0,0.25,8/255") from None
+
+
+@app.command()
+def export(
+    records: Annotated[list[Path], typer.Argument(help="certified records (.json or .parquet), or folders of them")],
+    out: Out,
+) -> None:
+    """Write certified records as tab-separated logs: idx, label, predict, radius, correct, time."""
+    from bench import logs
+
+    for path in logs.export(records, out):
         print(path)
 
 

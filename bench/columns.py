@@ -12,31 +12,44 @@ def certificate(record: Record) -> str:
     fields = record.eval["fields"]
     if "estimator" not in fields:
         return ""
-    return f"{fields['estimator']} estimator, n0 = {fields['n0']}, n <= {fields['n']}, alpha = {fields['alpha']:g}"
+    numerics = f", {fields['numerics']}" if fields.get("numerics") else ""
+    return f"{fields['estimator']} estimator, n0 = {fields['n0']}, n <= {fields['n']}, alpha = {fields['alpha']:g}{numerics}"
 
 
 def _rank(record: Record) -> int:
-    return {"clean": 0, "robust": 1, "certified": 2, "variance": 3}.get(record.eval["fields"].get("kind", ""), 4)
+    return {"clean": 0, "robust": 1, "certified": 2, "challenge": 2, "variance": 3, "votes": 4}.get(
+        record.eval["fields"].get("kind", ""), 5
+    )
 
 
 def key(record: Record, metric: Metric) -> tuple[Any, ...]:
     """Sort key of a number's column, () if the summary leaves it out."""
     fields, rank, name = record.eval["fields"], _rank(record), record.eval["name"]
-    if fields.get("kind") == "variance":
-        return _variance_key(rank, record, metric)
+    if fields.get("kind") in _KINDS:
+        return _KINDS[fields["kind"]](rank, record, metric)
     if metric.metric == "clean_accuracy":
-        return (rank, "", "clean", 0.0)
+        return (rank, "", "clean", BARE)
     if metric.metric in _ROBUST and metric.denominator in ("all", None):
         return _robust_key(rank, record, metric)
     if metric.metric == "certified_accuracy":
         return (rank, name, "CA", metric.radius)
     if certificate(record) and metric.metric in _CERTIFIED:
-        return (rank, name, _CERTIFIED[metric.metric], 0.0)
+        return (rank, name, _CERTIFIED[metric.metric], _at(metric))
     return ()
+
+
+BARE = -1.0
+"""Value of a column that is not one of several: its heading is its name."""
+
+
+def _at(metric: Metric) -> float:
+    """The radius that a number belongs to, if it does."""
+    return BARE if metric.radius is None else metric.radius
 
 
 MEANING = {
     "robust_accuracy_8bit": "8 bit: the adversarial images rounded to 256 levels",
+    "certificates_beaten": "beaten: share of attacked certificates that an l2 attack within their radius refutes",
     "median_distance": "median: distance of the nearest adversarial point, over the images that are right",
 }
 
@@ -50,10 +63,18 @@ def _robust_key(rank: int, record: Record, metric: Metric) -> tuple[Any, ...]:
     if nearest != (what == "median") or (what == "8 bit" and fields["attack"] != "autoattack"):
         return ()
     words = f"{record.eval['name']} {fields.get('norm', '')} {what}".strip()
-    return (rank, "", words, metric.eps or 0.0)
+    return (rank, "", words, metric.eps or BARE)
 
 
-_CERTIFIED = {"acr": "acr", "draws_per_image": "draws", "evaluations_per_image": "networks"}
+_CERTIFIED = {
+    "abstention": "abstained",
+    "certificates_beaten": "beaten",
+    "acr": "acr",
+    "draws_per_image": "draws",
+    "evaluations_per_image": "networks",
+}
+
+_VOTES = {"certified_accuracy": "CA", "acr": "acr", "draws_saved": "saved"}
 
 
 def _variance_key(rank: int, record: Record, metric: Metric) -> tuple[Any, ...]:
@@ -62,7 +83,7 @@ def _variance_key(rank: int, record: Record, metric: Metric) -> tuple[Any, ...]:
     if metric.metric == "margin_variance_ratio":
         return (rank, name, "variance, k =", metric.members)
     if metric.metric in _CORRELATIONS:
-        return (rank, name, _CORRELATIONS[metric.metric], 0.0)
+        return (rank, name, _CORRELATIONS[metric.metric], BARE)
     if metric.metric == "acr" and metric.draws == max(record.eval["fields"]["n"]):
         return (rank, name, "ACR, k =", metric.members)
     return ()
@@ -71,11 +92,19 @@ def _variance_key(rank: int, record: Record, metric: Metric) -> tuple[Any, ...]:
 _CORRELATIONS = {"margin_correlation": "zeta", "margin_correlation_fitted": "zeta fitted"}
 
 
+def _votes_key(rank: int, record: Record, metric: Metric) -> tuple[Any, ...]:
+    """Accuracies, and the factor of draws saved: at a radius of a run for that alone, else of one run for all."""
+    return (rank, "", _VOTES[metric.metric], _at(metric)) if metric.metric in _VOTES else ()
+
+
+_KINDS = {"variance": _variance_key, "votes": _votes_key}
+"""Evaluations with a table of their own."""
+
+
 def heading(key: tuple[Any, ...], several: bool) -> str:
     """Text of a column; a certificate's evaluation is named where a table holds several."""
     _, evaluation, name, value = key
-    bare = name in ("clean", *_CERTIFIED.values(), *_CORRELATIONS.values()) or name.endswith(" median")
-    text = name if bare else f"{name} {_short(value)}"
+    text = name if value == BARE else f"{name} {_short(value)}"
     return f"{evaluation} {text}" if evaluation and several else text
 
 

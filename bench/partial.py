@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 from pathlib import Path
@@ -59,16 +60,21 @@ class Partial:
         Raises:
             StoreError: if the pieces belong to another request; names every field that differs.
         """
-        import json
+        if not self.check(request):
+            write_atomic(self._note, json.dumps(request, sort_keys=True, indent=1).encode())
 
-        note = self.folder / "request.json"
-        text = json.dumps(request, sort_keys=True, indent=1)
-        if note.exists():
-            wrong = differences(json.loads(note.read_text()), json.loads(text))
-            if wrong:
-                raise StoreError(f"{self.folder} holds pieces of another request: {wrong}; use --fresh to move them aside")
-        else:
-            write_atomic(note, text.encode())
+    def check(self, request: dict[str, Any]) -> bool:
+        """Whether there are pieces of this request.
+
+        Raises:
+            StoreError: if there are pieces of another one; names every field that differs.
+        """
+        if not self._note.exists():
+            return False
+        wrong = differences(json.loads(self._note.read_text()), json.loads(json.dumps(request)))
+        if wrong:
+            raise StoreError(f"{self.folder} holds pieces of another request: {wrong}; use --fresh to move them aside")
+        return True
 
     def piece(self, number: int) -> pd.DataFrame | None:
         """A finished piece, or None. A damaged one counts as missing."""
@@ -89,6 +95,10 @@ class Partial:
     def discard(self) -> None:
         """Remove the pieces, after the whole was stored."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def _note(self) -> Path:
+        return self.folder / "request.json"
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:05d}.parquet"

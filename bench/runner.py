@@ -21,7 +21,7 @@ from bench.jobs import Fitted, Job, Ready, together, weights_hash
 from bench.partial import StoreError, differences
 from bench.progress import Progress
 from bench.registry import Variant, registered, resolve
-from bench.store import Record, Store
+from bench.store import Finding, Record, Store
 from bench.suites import Suite, SuiteError, load_suite, unknown
 from defenses.api import Classifier, Images, Task
 
@@ -40,6 +40,7 @@ class Request:
         data: folder of data sets; the environment variable BENCH_DATA by default.
         runs: folder of results.
         fresh: move finished results aside and compute them again.
+        shard: (i, k), do every k-th piece of work, from the i-th of 1 to k; :mod:`bench.merge` brings shards together.
     """
 
     defense: str
@@ -51,6 +52,7 @@ class Request:
     data: Path | None = None
     runs: Path = Path("runs")
     fresh: bool = False
+    shard: tuple[int, int] = (1, 1)
 
 
 class Run:
@@ -65,6 +67,8 @@ class Run:
         self.progress = progress or Progress(None)
         self.suite = load_suite(request.suite, request.budget)
         self.device = environment.device(request.device)
+        if not 1 <= request.shard[0] <= request.shard[1]:
+            raise ValueError(f"--shard: I/K with 1 <= I <= K, such as 2/3, got {request.shard[0]}/{request.shard[1]}")
         for name in request.only:
             if name not in self.suite.evals:
                 raise SuiteError(f"--only: {unknown(name, self.suite.evals)}")
@@ -106,7 +110,7 @@ class Run:
                 "validation_images": len(self.task.validation),
             },
             hashes={"train": self.task.train.hash, "images": images.hash, "data": images.source},
-            numerics={"dtype": "float32", "compile": False, "rng": f"torch-{torch.device(self.device).type}"},
+            numerics={**_numerics(evaluation), "rng": f"torch-{torch.device(self.device).type}"},
             made={**environment.code(), "versions": environment.versions(), "device": environment.device_name(self.device)},
         )
 
@@ -189,6 +193,8 @@ class Run:
             else:
                 self._failed(ready[0].blank, error)
             return
+        if tables is None:
+            return
         cost = {"seconds": time.perf_counter() - began, "measured_together": float(len(ready))}
         for one, rows in zip(ready, tables, strict=True):
             self._finish(one, rows, cost)
@@ -202,7 +208,9 @@ class Run:
             self._failed(one.blank, error)
             return
         self.store.write_rows(one.blank, rows)
-        found = {"metrics": outcome.metrics, "findings": outcome.findings, "facts": facts, "cost": cost}
+        unsound = one.job.variant.defense.unsound
+        findings = [*outcome.findings, *([Finding(kind="unsound", detail=unsound)] if unsound else [])]
+        found = {"metrics": outcome.metrics, "findings": findings, "facts": facts, "cost": cost}
         record = one.blank.model_copy(update={"status": "success", **found})
         self.store.write(record)
         self.store.partial(record).discard()
@@ -216,8 +224,8 @@ class Run:
         text = "".join(traceback.format_exception(error))
         self.store.write(blank.model_copy(update={"status": "error", "error": text}))
 
-    def _rows(self, ready: list[Ready]) -> list[pd.DataFrame]:
-        """All rows of evaluations: pieces on disk are read, the others computed and kept."""
+    def _rows(self, ready: list[Ready]) -> list[pd.DataFrame] | None:
+        """All rows of evaluations: pieces on disk are read, this shard's others computed and kept; None if some are missing."""
         evaluation, subjects = ready[0].job.evaluation, [one.subject for one in ready]
         pieces = evaluation.pieces(subjects[0])
         partials = [self.store.partial(one.blank) for one in ready]
@@ -227,10 +235,14 @@ class Run:
         tables: list[list[pd.DataFrame]] = [[] for _ in ready]
         who = ready[0].job.variant.label if len(ready) == 1 else f"{len(ready)} defenses"
         blank = ready[0].blank
+        complete = True
         with self.progress.step(f"{who} {blank.eval['name']} (seed {blank.seed})") as report:
             for number, piece in enumerate(pieces):
                 found = {place: rows for place, part in enumerate(partials) if (rows := part.piece(number)) is not None}
                 new = [place for place in range(len(ready)) if place not in found]
+                if new and not self._mine(number):
+                    complete = False
+                    continue
                 if new:
                     images = self.test.take(piece.rows)
                     asked = [replace(subjects[place], scratch=partials[place].scratch(number)) for place in new]
@@ -241,7 +253,12 @@ class Run:
                     report(number + 1, len(pieces), {})
                 for place, table in enumerate(tables):
                     table.append(found[place])
-        return [pd.concat(table, ignore_index=True) for table in tables]
+        return [pd.concat(table, ignore_index=True) for table in tables] if complete else None
+
+    def _mine(self, number: int) -> bool:
+        """Whether a piece of work belongs to this shard."""
+        place, shards = self.request.shard
+        return number % shards == place - 1
 
 
 def prepare(suite: Suite, device: str, folder: Path | None) -> tuple[Task, Images]:
@@ -273,8 +290,15 @@ def prepare(suite: Suite, device: str, folder: Path | None) -> tuple[Task, Image
         architecture=suite.architecture,
         recipe=suite.training(),
         roles=roles,
+        test=test if suite.unsound else None,
     )
     return task, test.first(wanted)
+
+
+def _numerics(evaluation: Evaluation) -> dict[str, Any]:
+    """Numerics of what votes, as a record tells them."""
+    dtype, _, compiled = (getattr(evaluation, "numerics", None) or "float32").partition(" ")
+    return {"dtype": dtype, "compile": bool(compiled)}
 
 
 def replace_hashes(record: Record, **hashes: str) -> Record:

@@ -44,6 +44,7 @@ class Metric(Strict):
     radius: float | None = None
     members: int | None = None
     draws: int | None = None
+    estimator: str | None = None
     denominator: str | None = None
     source: str | None = None
     target: str | None = None

@@ -48,6 +48,7 @@ class Suite(Strict):
         name, version: identity; a change that moves numbers raises the version.
         dataset, architecture: names of :data:`bench.data.DATASETS` and :data:`defenses.nets.ARCHITECTURES`, or
             "torchvision/NAME".
+        unsound: hand the test images to defenses that tune on them, for comparison with protocols that do.
         train_images, validation_images: how many images train, and how many of the stored training images are held out first.
         recipe: training of every network, unless a defense's method says otherwise.
         roles: what the networks of a role of :data:`ROLES` are trained by instead, key by key.
@@ -61,6 +62,7 @@ class Suite(Strict):
     description: str = ""
     dataset: str
     architecture: str
+    unsound: bool = False
     train_images: int | None = None
     validation_images: int = 5000
     recipe: dict[str, Any]

@@ -62,6 +62,9 @@ def _kind(record: Record) -> tuple[str, str, float]:
     if fields.get("kind") == "variance":
         how = f"fixed estimator, n0 = {fields['n0']}, n = {max(fields['n'])}, alpha = {fields['alpha']:g}"
         return "variance view", how, _sigma(record)
+    if fields.get("kind") == "votes":
+        how = f"n0 = {fields['n0']}, n <= {fields['n']}, alpha = {fields['alpha']:g}"
+        return "estimators on the same votes", how, _sigma(record)
     how = columns.certificate(record)
     return ("certified accuracy", how, _sigma(record)) if how else ("accuracy under attack", "", 0.0)
 
@@ -85,11 +88,13 @@ def _table(records: list[Record]) -> Table:
     unfinished: dict[str, list[Record]] = {}
     several = len({record.eval["name"] for record in records}) > 1
     for record in records:
-        row = rows.setdefault(record.defense["variant"], {})
+        variant = record.defense["variant"]
         if not record.metrics:
-            unfinished.setdefault(record.defense["variant"], []).append(record)
+            rows.setdefault(variant, {})
+            unfinished.setdefault(variant, []).append(record)
         for metric in record.metrics:
             key = columns.key(record, metric)
+            row = rows.setdefault(f"{without_sigma(variant)}: {metric.estimator}" if metric.estimator else variant, {})
             if key:
                 row.setdefault(order.setdefault(key, columns.heading(key, several)), []).append((record, metric))
     title = f"{name}, {budget}: {kind}" + (f" at sigma = {sigma:g}" if sigma else "")
@@ -108,16 +113,23 @@ def _caption(records: list[Record]) -> str:
         "accuracies in percent of all images: one seed with its 95 % interval, or mean ± deviation over training seeds",
         "images: " + ", ".join(f"{evaluation} {count}" for evaluation, count in images),
     ]
-    if kind == "accuracy under attack":
-        sentences += [
-            text for word, text in columns.MEANING.items() if any(m.metric == word for r in records for m in r.metrics)
-        ]
     if kind == "certified accuracy":
         sentences += [
             f"sigma = {sigma:g}, {how}" if sigma else how,
             "CA r: certified accuracy at l2 radius r",
             "an image counts if its class is right and its unrounded radius is at least r",
+            "abstained: share of images without a certificate at the smallest radius",
             "draws: noise draws per image; networks: networks asked per image, selection counted",
+        ]
+    if kind == "estimators on the same votes":
+        numerics = sorted({record.eval["fields"].get("numerics") or "float32" for record in records})
+        sentences += [
+            f"sigma = {sigma:g}, {how}, {', '.join(numerics)}",
+            "CA r: certified accuracy at l2 radius r",
+            "an image counts if its class is right and its unrounded radius is at least r",
+            "saved r: n over the mean draws of a run for that radius alone; saved: of one run for everything",
+            "oracle: draws of a sequential test that knows each image's probability (Wald)",
+            "phases: the last has 0.89 n draws, so that all fit into n",
         ]
     if kind == "variance view":
         sentences += [
@@ -126,6 +138,7 @@ def _caption(records: list[Record]) -> str:
             "zeta: correlation of the members' margins; fitted: the zeta whose (1 + zeta (k - 1)) / k is closest",
             "ACR: average certified radius of the first k members",
         ]
+    sentences += [text for word, text in columns.MEANING.items() if any(m.metric == word for r in records for m in r.metrics)]
     return "; ".join(sentences) + "."
 
 
@@ -135,7 +148,7 @@ def _show(cell: Cell | None) -> str:
         return HOLE
     numbers = [metric for _, metric in cell]
     scale = 100.0 if numbers[0].unit == "fraction" else 1.0
-    digits = 1 if scale == 100.0 else (0 if numbers[0].unit in ("draws", "network evaluations") else 3)
+    digits = 1 if scale == 100.0 else {"draws": 0, "network evaluations": 0, "factor": 1}.get(numbers[0].unit, 3)
     values = [metric.value * scale for metric in numbers]
     if len(values) > 1:
         return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f} ({len(values)} seeds)"

@@ -145,6 +145,8 @@ class Task:
     Attributes:
         recipe: training of every network whose role has none of its own.
         roles: recipes by the role of the part, e.g. "teacher", where a protocol trains its networks differently.
+        test: the test images, None but in suites that reproduce protocols which tune on them. No part depends on them unless
+            its identity says so.
     """
 
     dataset: str
@@ -156,6 +158,7 @@ class Task:
     architecture: str
     recipe: Recipe
     roles: Mapping[str, Recipe] = field(default_factory=dict)
+    test: Images | None = None
 
     def recipe_for(self, role: str) -> Recipe:
         """How the networks of a role are trained."""
@@ -252,7 +255,12 @@ class Defense(ABC):
     """A way to obtain a classifier; fields are its hyper-parameters, with units in their documentation.
 
     An instance at the top level of a module registers itself under its variable's name. A file a user hands in needs no more.
+
+    Attributes:
+        unsound: why numbers of this defense must not be trusted, if they exist for comparison only; a finding in every record.
     """
+
+    unsound: ClassVar[str] = ""
 
     @abstractmethod
     def build(self, task: Task) -> Classifier:

@@ -1,10 +1,6 @@
-"""Confidence bounds for vote counts, and estimators that turn counts into certified radii (methods 7.1 to 7.5). Pure numpy."""
+"""Confidence bounds for vote counts, and the radii that they prove (methods 7.1, 7.3, 7.5). Pure numpy."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -26,6 +22,67 @@ def upper(k: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> Floats:
     return 1 - lower(np.asarray(n, float) - np.asarray(k, float), n, alpha)
 
 
+def randomised_lower(k: ArrayLike, n: ArrayLike, alpha: float, chance: ArrayLike) -> Floats:
+    """The p with P(Bin(n, p) > k) + chance P(Bin(n, p) = k) = alpha; exact, so never below :func:`lower`.
+
+    Args:
+        k, n: successes, draws.
+        alpha: error probability.
+        chance: one number of U[0, 1] for each count, drawn before the count was seen. 1 gives :func:`lower`.
+
+    Its error is alpha exactly: given p, the randomised survival function is uniform (Stevens 1950; Voracek 2024).
+    """
+    k, n, chance = np.broadcast_arrays(np.asarray(k, float), np.asarray(n, float), np.asarray(chance, float))
+
+    def excess(p: Floats) -> Floats:
+        """P(Bin > k) + chance P(Bin = k) - alpha, rising in p; the mixture of the tails from k + 1 and from k."""
+        return (1 - chance) * _tail(k + 1, n, p) + chance * _tail(k, n, p) - alpha
+
+    # Between Clopper-Pearson's bound and 1: at k = n nothing is above k, and even p = 1 gives no more than chance.
+    bound = _bisect(lambda p: excess(p) < 0, lower(k, n, alpha), np.ones_like(k))
+    return np.minimum(bound, np.nextafter(1, 0))  # chance <= alpha proves p = 1; a hair less keeps radii finite
+
+
+def _tail(k: Floats, n: Floats, p: Floats) -> Floats:
+    """P(Bin(n, p) >= k)."""
+    inside = (k >= 1) & (k <= n)
+    found = special.betainc(np.where(inside, k, 1), np.where(inside, n - k + 1, 1), p)
+    return np.where(inside, found, (k < 1).astype(float))
+
+
+def log_wealth(k: ArrayLike, n: ArrayLike, p: ArrayLike) -> Floats:
+    """ln W_n(p), the log of what a Krichevsky-Trofimov bettor against success probability p owns after k successes in n draws.
+
+    W is a non-negative martingale of mean 1 if p is the truth, so it exceeds 1/alpha at any time with probability at most alpha
+    (Ville 1939; Voracek 2024).
+    """
+    k, n, p = np.asarray(k, float), np.asarray(n, float), np.asarray(p, float)
+    mixture = special.gammaln(k + 0.5) + special.gammaln(n - k + 0.5) - 2 * special.gammaln(0.5) - special.gammaln(n + 1)
+    return mixture - special.xlogy(k, p) - special.xlog1py(n - k, -p)
+
+
+def anytime_lower(k: ArrayLike, n: ArrayLike, alpha: float) -> Floats:
+    """The p below k/n with ln W_n(p) = ln(1/alpha): below the truth at all n together with probability 1 - alpha."""
+    k, n = np.broadcast_arrays(np.asarray(k, float), np.asarray(n, float))
+    wealthy = -np.log(alpha)
+    return _bisect(lambda p: log_wealth(k, n, p) >= wealthy, np.zeros_like(k), k / np.maximum(n, 1))
+
+
+def anytime_upper(k: ArrayLike, n: ArrayLike, alpha: float) -> Floats:
+    """The mirror image of :func:`anytime_lower`."""
+    return 1 - anytime_lower(np.asarray(n, float) - np.asarray(k, float), n, alpha)
+
+
+def _bisect(excluded, low: Floats, high: Floats, halvings: int = 52) -> Floats:  # type: ignore[no-untyped-def]
+    """The largest excluded p, from below: ``excluded`` holds up to some point between low and high. Never above that point."""
+    low, high = low.copy(), high.copy()
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        out = excluded(middle)
+        low, high = np.where(out, middle, low), np.where(out, high, middle)
+    return low
+
+
 def radius(p: ArrayLike, sigma: float) -> Floats:
     """sigma * Phi^-1(p), the l2 radius within which a class of noise probability at least p > 1/2 stays (Cohen et al. 2019)."""
     return sigma * special.ndtri(np.asarray(p, float))
@@ -43,112 +100,12 @@ def two_sided(first: ArrayLike, second: ArrayLike) -> Floats:
     return np.where(first <= 0, 1.0, np.minimum(1.0, 2 * tail))
 
 
-@dataclass(frozen=True)
-class Question:
-    """What is to be certified: noise ``sigma`` in pixels, error probability ``alpha`` per image, at most ``n`` draws, and the
-    radii that matter (for estimators that decide a grid)."""
+def wald(p: ArrayLike, p_r: ArrayLike, alpha: float, beta: float) -> Floats:
+    """Draws that no sequential test of "p >= p_r" can do without, on average, if it knew the truth p (Wald 1945).
 
-    sigma: float
-    alpha: float
-    n: int
-    radii: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.sigma > 0 or not 0 < self.alpha < 0.5 or self.n < 1:
-            raise ValueError(
-                "certification needs sigma > 0, 0 < alpha < 0.5 and n >= 1; "
-                f"got sigma={self.sigma}, alpha={self.alpha}, n={self.n}"
-            )
-
-
-class Estimator(Protocol):
-    """Looks at cumulative counts at preset times and says what is proven and who needs no more draws."""
-
-    def looks(self, question: Question) -> Sequence[int]:
-        """Cumulative numbers of draws at which counts are looked at; the last is n."""
-
-    def look(self, question: Question, index: int, count: Floats, bound: Floats) -> tuple[Floats, Bools]:
-        """Counts at look ``index`` and the bound so far -> the bound on the top class's probability, and who is finished."""
-
-    def radius(self, question: Question, bound: Floats) -> Floats:
-        """Certified radius for each bound; NaN where the answer is to abstain."""
-
-
-class Fixed:
-    """Clopper-Pearson on n draws, n chosen in advance (Cohen et al. 2019, CERTIFY).
-
-    Proof: one exact binomial bound at level alpha, so P(radius too large) <= alpha.
+    ln(1/error) over the information of a draw, KL(p, p_r): errors alpha where p is above p_r, beta where it is below.
     """
-
-    def looks(self, question: Question) -> Sequence[int]:
-        return [question.n]
-
-    def look(self, question: Question, index: int, count: Floats, bound: Floats) -> tuple[Floats, Bools]:
-        return lower(count, question.n, question.alpha), np.ones(len(count), bool)
-
-    def radius(self, question: Question, bound: Floats) -> Floats:
-        return np.where(bound < 0.5, np.nan, radius(bound, question.sigma))
-
-
-LOOKS = (
-    100, 200, 400, 700, 1_000, 1_500, 2_000, 3_000, 4_000,
-    6_000, 8_000, 11_000, 16_000, 23_000, 32_000, 45_000, 64_000, 100_000,
-)  # fmt: skip
-FUTILITY = 1e-4
-
-
-class Grid:
-    """Decides a whole grid of radii in one run, with as few draws as group-sequential looks allow (methods 7.5 f).
-
-    Proof: interim looks share 0.1 alpha equally, the last has 0.9 alpha. By the union bound all Clopper-Pearson bounds hold
-    together with probability 1 - alpha, and so does their running maximum, whatever rule stops the looking. Futility (giving up
-    on the next radius when an upper bound excludes it) only makes radii smaller: it costs at most 1e-4 of power.
-    """
-
-    def looks(self, question: Question) -> Sequence[int]:
-        return [*(t for t in LOOKS if t < question.n), question.n]
-
-    def levels(self, question: Question) -> Floats:
-        """Error probability of each look; they sum to alpha."""
-        interim = len(self.looks(question)) - 1
-        if not interim:
-            return np.array([question.alpha])
-        return np.array([0.1 * question.alpha / interim] * interim + [0.9 * question.alpha])
-
-    def look(self, question: Question, index: int, count: Floats, bound: Floats) -> tuple[Floats, Bools]:
-        looks, levels = self.looks(question), self.levels(question)
-        now = looks[index]
-        bound = np.maximum(bound, lower(count, now, levels[index]))
-        if index == len(looks) - 1:
-            return bound, np.ones(len(count), bool)
-        wanted = np.append(special.ndtr(np.asarray(question.radii) / question.sigma), 2.0)
-        following = wanted[np.sum(self._proven(wanted, bound), axis=1)]
-        at_best = np.max(
-            [
-                lower(count + then - now, then, level)
-                for then, level in zip(looks[index + 1 :], levels[index + 1 :], strict=True)
-            ],
-            axis=0,
-        )
-        out_of_reach = at_best < following
-        futile = upper(count, now, FUTILITY / (len(looks) - 1)) < following
-        return bound, out_of_reach | futile
-
-    def radius(self, question: Question, bound: Floats) -> Floats:
-        wanted = special.ndtr(np.asarray(question.radii) / question.sigma)
-        proven = np.sum(self._proven(wanted, bound), axis=1)
-        return np.append(question.radii, np.nan)[proven - 1]
-
-    @staticmethod
-    def _proven(wanted: Floats, bound: Floats) -> Bools:
-        """(images, radii): a prefix of every row, because wanted probabilities rise along the grid."""
-        return (bound[:, None] >= wanted) & (bound[:, None] > 0.5)
-
-
-ESTIMATORS: dict[str, Estimator] = {"fixed": Fixed(), "grid": Grid()}
-
-
-def grid_up_to(step: float, sigma: float, n: int, alpha: float) -> tuple[float, ...]:
-    """Radii 0, step, 2 step, ... that n draws can certify at level alpha."""
-    top = ceiling(sigma, n, alpha)
-    return tuple(i * step for i in range(int(top / step) + 1))
+    p, p_r = np.broadcast_arrays(np.asarray(p, float), np.asarray(p_r, float))
+    information = special.kl_div(p, p_r) + special.kl_div(1 - p, 1 - p_r)
+    with np.errstate(divide="ignore"):
+        return np.where(p >= p_r, -np.log(alpha), -np.log(beta)) / information

@@ -15,14 +15,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from attacks.streams import Streams, generator
-from defenses.api import Classifier, Defense, Part, Parts, Task, Weights, Workshop
+from defenses.api import Classifier, Defense, Images, Part, Parts, Task, Weights, Workshop
 from defenses.combine import GeometricMedian, Weighted
 from defenses.ensemble import Ensemble
 from defenses.nets import Network, network
@@ -67,8 +67,12 @@ class CertifiedAccuracies(Part):
     n: int = 1000
     alpha: float = 0.001
 
+    def shown(self, task: Task) -> Images:
+        """The images on which accuracies are measured."""
+        return task.validation.take(slice(0, self.images))
+
     def make(self, task: Task, needs: Sequence[Weights], workshop: Workshop) -> Weights:
-        shown = task.validation.take(slice(0, self.images))
+        shown = self.shown(task)
         # The same noise for every member, so that accuracies differ by the members alone.
         streams = Streams(self.seed, "robust weights", ids=shown.ids, device=task.device)
         found = []
@@ -80,6 +84,18 @@ class CertifiedAccuracies(Part):
             found.append((result.label == shown.labels).float().mean())
             workshop.report(member + 1, len(needs), {"certified_accuracy": float(found[-1])})
         return {"accuracy": torch.stack(found)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeakedAccuracies(CertifiedAccuracies):
+    """The same on test images, on which released code measures its weights (methods 3.4)."""
+
+    def shown(self, task: Task) -> Images:
+        assert task.test is not None, "LeakedWeights.unsuited refuses such tasks"
+        return task.test.take(slice(0, self.images))
+
+    def identity(self, task: Task) -> dict[str, Any]:
+        return {**super().identity(task), "test": self.shown(task).hash}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +120,9 @@ class Cear(Defense):
     spread: float = 0.5
     weight_images: int = 1000
 
+    accuracies: ClassVar[type[CertifiedAccuracies]] = CertifiedAccuracies
+    """What robust weights are made from."""
+
     def __post_init__(self) -> None:
         if self.aggregate not in ("rw", "gm"):
             raise ValueError(f"unknown aggregate {self.aggregate!r}; known are rw, gm")
@@ -117,7 +136,7 @@ class Cear(Defense):
         for net, part in zip(model.members, students, strict=True):
             net.load_state_dict(parts.get(part))
         if self.aggregate == "rw":
-            accuracies = CertifiedAccuracies(
+            accuracies = self.accuracies(
                 role="robust weights", seed=seed, needs=tuple(students), sigma=self.sigma, images=self.weight_images
             )
             cast(Weighted, cast(Ensemble, model).rule).set(robust_weights(parts.get(accuracies)["accuracy"]))
@@ -160,3 +179,19 @@ cear_rw = Cear(aggregate="rw", vga=True)
 cear_gm = Cear(aggregate="gm", vga=True)
 cear_minus_rw = Cear(aggregate="rw", vga=False)
 cear_minus_gm = Cear(aggregate="gm", vga=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeakedWeights(Cear):
+    """CEAR(RW) with robust weights from test images, as its released code has them: to show what that changes."""
+
+    accuracies = LeakedAccuracies
+    unsound = "the ensemble's weights were chosen on the test images"
+
+    def unsuited(self, task: Task) -> str:
+        if task.test is None:
+            return "weights from test images are unsound; only a suite with `unsound = true` hands test images to a defense"
+        return ""
+
+
+cear_rw_test_weights = LeakedWeights(aggregate="rw", vga=True)

@@ -71,7 +71,8 @@ class Panel:
     def vote(self, model: Classifier, rows: Tensor) -> tuple[Tensor, Tensor]:
         """``model.predict`` for images number ``rows``: labels (r), and how many networks each image needed (r).
 
-        Only the project's own classes are taken apart; a class that decides in its own way is asked as a whole.
+        Ensembles are taken apart, and where a decision is the argmax of logits these are shared; a class that decides in its
+        own way is asked as a whole.
         """
         asked = torch.zeros(len(rows), dtype=torch.int64, device=self.x.device)
         if type(model) is Ensemble:
@@ -82,8 +83,8 @@ class Panel:
                 return self.logits(ensemble.members[member], rows[some])
 
             return ensemble.rule.elect(ask, len(ensemble.members), len(rows), self.x.device), asked
-        if type(model) is Network:
-            return self.logits(model, rows).argmax(-1), asked + 1
+        if type(model).predict is Classifier.predict:
+            return self.logits(model, rows).argmax(-1), asked + len(model.members)
         ask_whole = Oracle(model.predict)
         labels = torch.cat([ask_whole(self.x[piece], piece) for piece in rows.split(self._batch)])
         return labels, asked + len(model.members)

@@ -6,7 +6,7 @@ result depends on packing, several estimators, and radii in full precision. Nois
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,13 +16,14 @@ from torch import Tensor
 from attacks.oracle import Oracle
 from attacks.streams import Draws, Streams
 from defenses.api import Classifier
-from defenses.bounds import ESTIMATORS, Question, two_sided
-from defenses.ensemble import Panel
+from defenses.bounds import lower, radius, two_sided
+from defenses.estimators import ESTIMATORS, Question, Tally
+from defenses.voting import BLOCK, Base, Voting, count_votes
 
-BLOCK = 100
-"""Noise draws of an image that come from one generator: every look of every estimator is a multiple of it."""
-
-Base = Classifier | Callable[[Tensor], Tensor]
+POOLED = "pooled (unsound)"
+"""Label of the certificate that counts every member's vote as a draw of its own, as released ensemble code does. The votes of
+members on one noise draw depend on each other, so the bound fails more often than alpha, and what it certifies is a random
+member, not the ensemble (methods 3.4). For comparison only."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,11 @@ class Certificates:
     Attributes:
         label: int64 (n), the certified class, -1 where the answer is to abstain.
         radius: float64 (n), l2 radius in pixel space, 0 where abstained.
-        count: int64 (n), votes for the selected class among ``draws``.
+        count: int64 (n), votes for the selected class among the draws of the last trial.
         draws: int64 (n), noise draws spent on the estimate (selection not counted).
         evaluations: int64 (n), networks asked, selection counted: at most (n0 + draws) times the members, fewer where a vote
             was settled before all of them had answered. Answers shared with other classifiers count for each.
+        chance: float64 (n), a number of U[0, 1] drawn before the votes; the "randomised" estimator uses it.
         estimator: how counts became radii.
         question: sigma, alpha, n and radii.
     """
@@ -45,6 +47,7 @@ class Certificates:
     count: Tensor
     draws: Tensor
     evaluations: Tensor
+    chance: Tensor
     estimator: str
     question: Question
 
@@ -91,6 +94,7 @@ def certify(  # noqa: PLR0913 (a public contract; everything after sigma has a d
     alpha: float = 0.001,
     estimator: str = "fixed",
     radii: tuple[float, ...] = (),
+    labels: Tensor | None = None,
     streams: Streams | None = None,
     batch: int = BLOCK,
 ) -> Certificates:
@@ -104,8 +108,10 @@ def certify(  # noqa: PLR0913 (a public contract; everything after sigma has a d
         sigma: standard deviation of the noise in pixels.
         n0, n: draws to select the class, at most this many draws to estimate its probability.
         alpha: probability of a wrong certificate, per image.
-        estimator: a name of :data:`defenses.bounds.ESTIMATORS`.
-        radii: increasing radii that the "grid" estimator decides; the others ignore it.
+        estimator: a name of :data:`defenses.estimators.ESTIMATORS`, or :data:`POOLED`.
+        radii: increasing radii to decide; one for an estimator that decides one, none for whole radii.
+        labels: int64 (n), true classes, if wrong images may be left alone: an image whose selected class is wrong gets no
+            draws and abstains, which changes no certified accuracy and no ACR.
         streams: randomness, a row an image; seed 0 and ids 0, 1, ... by default.
         batch: noisy images per forward pass; no result depends on it.
 
@@ -113,7 +119,8 @@ def certify(  # noqa: PLR0913 (a public contract; everything after sigma has a d
         ValueError: for an unknown estimator, an empty grid where one is needed, or parameters out of range.
     """
     question = Question(sigma, alpha, n, tuple(radii))
-    return certify_together([base], x, question, n0=n0, estimator=estimator, streams=streams, batch=batch)[0]
+    options = {"n0": n0, "estimator": estimator, "labels": labels, "streams": streams, "batch": batch}
+    return certify_together([base], x, question, **options)[0]  # type: ignore[arg-type]
 
 
 def certify_together(  # noqa: PLR0913 (as certify)
@@ -123,6 +130,7 @@ def certify_together(  # noqa: PLR0913 (as certify)
     *,
     n0: int = 100,
     estimator: str = "fixed",
+    labels: Tensor | None = None,
     streams: Streams | None = None,
     batch: int = BLOCK,
 ) -> list[Certificates]:
@@ -131,141 +139,69 @@ def certify_together(  # noqa: PLR0913 (as certify)
     Networks that the classifiers have in common (see :func:`defenses.ensemble.share`) answer once per noise draw, and noise is
     drawn once for all. Each certificate holds with its own probability 1 - alpha; they are not independent of each other.
     """
-    _check(question, n0, estimator, batch)
-    rule = ESTIMATORS[estimator]
-    voting = Voting(bases, x, question.sigma, batch)
-    streams = _streams(streams, x)
-    chosen = torch.stack([counts.argmax(1) for counts in voting.count(streams.child("selection"), n0)])
-
-    estimation = streams.child("estimation")
-    count = torch.zeros_like(chosen)
-    draws, bound = np.zeros(chosen.shape, np.int64), np.zeros(chosen.shape)
-    going, before = np.ones(chosen.shape, bool), 0
-    for index, now in enumerate(rule.looks(question)):
-        for pick, labels in voting.ballots(estimation, torch.from_numpy(going).to(x.device), (before, now)):
-            count.index_add_(1, pick, (labels == chosen[:, pick].unsqueeze(2)).sum(2))
-        draws[going] = now
-        bound[going], finished = rule.look(question, index, count.cpu().numpy()[going].astype(float), bound[going])
-        going[going] = ~finished
-        before = now
-        if not going.any():
-            break
-    found = torch.from_numpy(rule.radius(question, bound.ravel()).reshape(bound.shape)).to(x.device)
-    abstain, spent = found.isnan(), torch.from_numpy(draws).to(x.device)
-    label, radius = chosen.masked_fill(abstain, -1), found.masked_fill(abstain, 0.0)
-    columns = zip(label, radius, count, spent, voting.evaluations, strict=True)
-    return [Certificates(*column, estimator=estimator, question=question) for column in columns]
-
-
-def _check(question: Question, n0: int, estimator: str, batch: int) -> None:
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"unknown estimator {estimator!r}; known are {', '.join(ESTIMATORS)}")
-    if estimator == "grid" and not question.radii:
-        raise ValueError("the grid estimator needs radii")
     if n0 < 1 or batch < 1:
         raise ValueError(f"certification needs n0 >= 1 and batch >= 1, got n0={n0}, batch={batch}")
-    radii = question.radii
-    if list(radii) != sorted(set(radii)) or not all(r >= 0 for r in radii):
-        raise ValueError(f"radii must be non-negative and increasing, got {radii}")
+    streams = _streams(streams, x)
+    if estimator == POOLED:
+        return [_pooled(base, x, question, n0, streams, batch) for base in bases]
+    rule = ESTIMATORS.get(estimator)
+    if rule is None:
+        raise ValueError(f"unknown estimator {estimator!r}; known are {', '.join([*ESTIMATORS, POOLED])}")
+    rule.check(question)
+    voting = Voting(bases, x, question.sigma, batch)
+    chance = streams.child("chance").uniform((1,))[:, 0].double().cpu().numpy()
+    chances = np.broadcast_to(chance, (len(bases), len(x)))
+    draws, bound, going = (np.zeros(chances.shape, kind) for kind in (np.int64, np.float64, bool))
+    going[:] = True
+    chosen = torch.zeros(chances.shape, dtype=torch.int64, device=x.device)
+    count = torch.zeros_like(chosen)
+    for trial, looks in enumerate(rule.trials(question)):
+        own = streams.child("trial", trial) if trial else streams
+        wanted = torch.from_numpy(going).to(x.device)
+        selected = torch.stack([votes.argmax(1) for votes in voting.count(own.child("selection"), n0, wanted)])
+        chosen, count = torch.where(wanted, selected, chosen), count.masked_fill(wanted, 0)
+        if labels is not None:
+            going &= (chosen == labels).cpu().numpy()
+        before = 0
+        for index, now in enumerate(looks):
+            if not going.any():
+                break
+            for pick, _, votes in voting.ballots(own.child("estimation"), torch.from_numpy(going).to(x.device), (before, now)):
+                count.index_add_(1, pick, (votes == chosen[:, pick].unsqueeze(2)).sum(2))
+            draws[going] += now - before
+            tally = Tally(count.cpu().numpy()[going].astype(float), bound[going], chances[going])
+            bound[going], finished = rule.look(question, trial, index, tally)
+            going[going] = ~finished
+            before = now
+    found = torch.from_numpy(rule.radius(question, bound.ravel()).reshape(bound.shape)).to(x.device)
+    abstain = found.isnan() | (torch.from_numpy(draws).to(x.device) == 0)  # without draws nothing is proven
+    label, radii, spent = chosen.masked_fill(abstain, -1), found.masked_fill(abstain, 0.0), torch.from_numpy(draws).to(x.device)
+    coins = torch.tensor(chances, device=x.device)
+    return [
+        Certificates(label[i], radii[i], count[i], spent[i], voting.evaluations[i], coins[i], estimator, question)
+        for i in range(len(bases))
+    ]
 
 
-def count_votes(base: Base, x: Tensor, sigma: float, n: int, streams: Streams, batch: int = BLOCK) -> Tensor:
-    """Votes for each class among n noise draws, int64 (images, classes); as many columns as classes were seen, at least two."""
-    return Voting([base], x, sigma, batch).count(streams, n)[0]
+def _pooled(base: Base, x: Tensor, question: Question, n0: int, streams: Streams, batch: int) -> Certificates:
+    """The certificate :data:`POOLED`: class and bound from the votes of all members together, as if they were M n draws."""
+    members = list(base.members) if isinstance(base, Classifier) else [base]
+    voting = Voting(members, x, question.sigma, batch)
 
+    def pool(name: str, n: int) -> Tensor:
+        votes = voting.count(streams.child(name), n)
+        classes = max(own.shape[1] for own in votes)
+        return sum(torch.nn.functional.pad(own, (0, classes - own.shape[1])) for own in votes)  # type: ignore[return-value]
 
-class Voting:
-    """Base classifiers that vote on the same noisy copies of images.
-
-    Attributes:
-        evaluations: int64 (bases, images), networks asked so far.
-
-    Args:
-        bases: what votes; classifiers must be in eval mode.
-        x: images (n c h w).
-        sigma: standard deviation of the noise in pixels.
-        batch: noisy images per forward pass.
-    """
-
-    def __init__(self, bases: Sequence[Base], x: Tensor, sigma: float, batch: int) -> None:
-        for base in bases:
-            if isinstance(base, Classifier) and any(module.training for module in base.modules()):
-                raise ValueError("the base classifier is in training mode: call eval() before it votes")
-        self.models = [base if isinstance(base, Classifier) else Called(base) for base in bases]
-        self.x, self.sigma, self.batch = x, sigma, batch
-        self.evaluations = torch.zeros(len(bases), len(x), dtype=torch.int64, device=x.device)
-
-    def count(self, streams: Streams, n: int, wanted: Tensor | None = None) -> list[Tensor]:
-        """Votes for each class among the first n noise draws, int64 (images, classes), for every base.
-
-        ``wanted`` is as for :meth:`ballots`, everybody by default; rows that were not wanted stay 0.
-        """
-        if wanted is None:
-            wanted = torch.ones(len(self.models), len(self.x), dtype=torch.bool, device=self.x.device)
-        counts = [torch.zeros(len(self.x), 2, dtype=torch.int64, device=self.x.device) for _ in self.models]
-        for pick, labels in self.ballots(streams, wanted, (0, n)):
-            classes = max(counts[0].shape[1], int(labels.max()) + 1)
-            for base, own in enumerate(labels):
-                wider = torch.nn.functional.pad(counts[base], (0, classes - counts[base].shape[1]))
-                flat = (pick.unsqueeze(1) * classes + own)[own >= 0]
-                counts[base] = wider + torch.bincount(flat, minlength=wider.numel()).view_as(wider)
-        return counts
-
-    def ballots(self, streams: Streams, wanted: Tensor, span: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Votes on noise draws span[0] to span[1], in pieces of bounded memory.
-
-        Args:
-            streams: a row an image.
-            wanted: bool (bases, images), who votes on which images.
-            span: first draw, and the one after the last.
-
-        Yields:
-            image rows (p), labels (bases, p, draws) with -1 where a base was not wanted. Blocks of many images are worked on
-            together, so that networks asked about a few noisy images only, still see full batches.
-        """
-        first, last = span
-        rows = wanted.any(0).nonzero().flatten().tolist()
-        # A block of noise comes from one generator; only blocks of the same number have the same share in the span.
-        packed = max(1, min(_ROWS, _NUMBERS // self.x[0].numel()) // BLOCK, self.batch // BLOCK)
-        buffer = torch.empty(min(packed, len(rows)), BLOCK, *self.x.shape[1:], device=self.x.device)
-        for block in range(first // BLOCK, -(-last // BLOCK)):
-            own = slice(max(first - block * BLOCK, 0), min(last - block * BLOCK, BLOCK))
-            for start in range(0, len(rows), packed):
-                pack = rows[start : start + packed]
-                pick = torch.tensor(pack, device=self.x.device)
-                with torch.inference_mode():
-                    noisy = buffer[: len(pack)]
-                    for place, row in zip(noisy, pack, strict=True):
-                        place.normal_(generator=streams.one(row, block)).mul_(self.sigma).add_(self.x[row])
-                    labels = self._vote(noisy[:, own], pick, wanted[:, pick])
-                yield pick, labels
-
-    def _vote(self, noisy: Tensor, pick: Tensor, wanted: Tensor) -> Tensor:
-        """Labels (bases, p, draws) for noisy images (p draws c h w)."""
-        images, draws = noisy.shape[:2]
-        panel = Panel(noisy.flatten(0, 1), self.batch)
-        labels = torch.full((len(self.models), images * draws), -1, device=noisy.device)
-        for base, model in enumerate(self.models):
-            rows = wanted[base].repeat_interleave(draws).nonzero().flatten()
-            if len(rows):
-                labels[base, rows], asked = panel.vote(model, rows)
-                self.evaluations[base].index_add_(0, pick[rows // draws], asked)
-        return labels.view(-1, images, draws)
-
-
-_ROWS, _NUMBERS = 1000, 2**24
-"""Noisy images that are held at a time: enough to keep batches full when few of them need another member, within 64 MB."""
-
-
-class Called(Classifier):
-    """Any callable from images (b c h w) to labels (b), as something that votes."""
-
-    def __init__(self, labels: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self._labels = labels
-
-    def predict(self, x: Tensor) -> Tensor:
-        return self._labels(x)
+    chosen, votes = pool("selection", n0).argmax(1), pool("estimation", question.n)
+    known = chosen < votes.shape[1]
+    count = torch.where(known, votes.gather(1, (chosen * known).unsqueeze(1))[:, 0], 0)
+    bound = lower(count.cpu().numpy(), len(members) * question.n, question.alpha)
+    found = torch.from_numpy(np.where(bound < 0.5, np.nan, radius(np.maximum(bound, 0.5), question.sigma))).to(x.device)
+    abstain, spent = found.isnan(), torch.full_like(count, question.n)
+    label, radii = chosen.masked_fill(abstain, -1), found.masked_fill(abstain, 0.0)
+    asked = voting.evaluations.sum(0)
+    return Certificates(label, radii, count, spent, asked, torch.ones_like(found), POOLED, question)
 
 
 def _streams(streams: Streams | None, x: Tensor) -> Streams:

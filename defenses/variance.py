@@ -16,7 +16,7 @@ from torch import Tensor
 from attacks.oracle import Oracle
 from attacks.streams import Streams
 from defenses.api import Classifier
-from defenses.smoothing import BLOCK
+from defenses.voting import BLOCK
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Confidence bounds, radii, and the estimators that stop early (methods 7.1 to 7.5, 3.1, 3.4)."""
+"""Confidence bounds for vote counts, and the radii that they prove (methods 7.1, 7.3, 7.5, 3.1, 3.4)."""
 
 import numpy as np
 import pytest
@@ -6,9 +6,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from defenses.bounds import ESTIMATORS, FUTILITY, LOOKS, Question, ceiling, grid_up_to, lower, radius, two_sided, upper
+from defenses.bounds import (
+    anytime_lower,
+    anytime_upper,
+    ceiling,
+    log_wealth,
+    lower,
+    radius,
+    randomised_lower,
+    two_sided,
+    upper,
+    wald,
+)
 
-GRID, FIXED = ESTIMATORS["grid"], ESTIMATORS["fixed"]
 counts = st.integers(1, 20_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 levels = st.floats(1e-7, 0.4)
 
@@ -38,21 +48,9 @@ def test_half_alpha_and_twice_sigma_give_their_rows_of_the_table():
     assert radius(lower(80_000, 100_000, 0.001), 0.5) == pytest.approx(0.4138258, abs=6e-8)
 
 
-@pytest.mark.parametrize("smallest, n", [(66, 100), (550, 1000), (5156, 10_000), (50_490, 100_000)])
-def test_the_smallest_count_that_does_not_abstain(smallest, n):
-    question = Question(0.25, 0.001, n)
-    bound, finished = FIXED.look(question, 0, np.array([smallest - 1.0, smallest]), np.zeros(2))
-    assert finished.all()
-    np.testing.assert_array_equal(np.isnan(FIXED.radius(question, bound)), [True, False])
-
-
 def test_no_success_bounds_by_zero_and_no_failure_by_one():
     assert lower(0, 1000, 0.001) == 0 and upper(1000, 1000, 0.001) == 1
     np.testing.assert_array_equal(lower(np.array([0, 0]), np.array([1, 100_000]), 0.001), [0, 0])
-
-
-def test_a_bound_of_exactly_one_half_certifies_radius_zero():
-    np.testing.assert_array_equal(FIXED.radius(Question(0.25, 0.001, 100), np.array([0.5, np.nextafter(0.5, 0)])), [0, np.nan])
 
 
 @given(counts, levels)
@@ -96,13 +94,6 @@ def test_a_thousand_draws_reach_less():
     assert ceiling(1.0, 1000, 0.001) == pytest.approx(2.46326, abs=5e-6)
 
 
-@pytest.mark.parametrize("step, sigma", [(0.01, 0.25), (0.05, 0.5), (0.1, 1.0)])
-def test_the_grid_ends_at_the_last_step_below_the_ceiling(step, sigma):
-    radii = grid_up_to(step, sigma, 1000, 0.001)
-    assert radii[0] == 0 and radii[-1] <= ceiling(sigma, 1000, 0.001) < radii[-1] + step
-    np.testing.assert_allclose(np.diff(radii), step)
-
-
 def test_pooling_the_members_votes_would_certify_too_much():
     one_vote_a_draw, pooled = lower(900, 1000, 0.001), lower(4500, 5000, 0.001)
     assert one_vote_a_draw == pytest.approx(0.867464, abs=5e-7)
@@ -114,6 +105,137 @@ def test_pooling_the_members_votes_would_certify_too_much():
     wrong = stats.binom.pmf(k, 1000, 0.9)[lower(5 * k, 5000, 0.001) > 0.9].sum()
     assert wrong == pytest.approx(0.0919, abs=5e-5)
     assert stats.binom.pmf(k, 1000, 0.9)[lower(k, 1000, 0.001) > 0.9].sum() <= 0.001
+
+
+# --- randomised Clopper-Pearson
+
+coins = st.floats(0, 1)
+small = st.integers(1, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
+
+
+@pytest.mark.parametrize(
+    "k, chance, bound", [(99, 0.5, 0.9174848), (100, 0.5, 0.9397456), (99, 1.0, 0.9113731), (100, 1.0, 0.9332543)]
+)
+def test_randomised_bounds_are_those_of_the_methods(k, chance, bound):
+    assert randomised_lower(k, 100, 0.001, chance) == pytest.approx(bound, abs=6e-8)
+
+
+@given(counts, levels)
+def test_a_coin_of_one_gives_clopper_and_pearson(kn, alpha):
+    assert randomised_lower(*kn, alpha, 1.0) == pytest.approx(lower(*kn, alpha), rel=1e-9, abs=1e-15)
+
+
+@given(counts, levels, coins, coins)
+def test_a_smaller_coin_never_gives_a_smaller_bound(kn, alpha, one, other):
+    k, n = kn
+    high, low = randomised_lower(k, n, alpha, sorted([one, other]))
+    assert high >= low >= lower(k, n, alpha) * (1 - 1e-12)
+    if k < n:
+        assert high <= lower(k + 1, n, alpha) * (1 + 1e-9) + 1e-15  # a coin is worth one vote at most
+
+
+@given(small, st.floats(1e-4, 0.2), coins)
+def test_the_randomised_test_has_the_level_alpha_exactly(kn, alpha, chance):
+    k, n = kn
+    bound = float(randomised_lower(k, n, alpha, chance))
+    excess = stats.binom.sf(k, n, bound) + chance * stats.binom.pmf(k, n, bound)
+    if k == 0 and chance >= alpha:
+        assert bound == 0  # even p = 0 gives more than alpha
+    elif k == n and chance <= alpha:
+        assert bound >= 1 - 1e-12 or bound == pytest.approx(min(1.0, (alpha / max(chance, alpha)) ** (1 / n)))
+    else:
+        assert excess == pytest.approx(alpha, rel=1e-6)
+
+
+def test_the_randomised_bound_takes_a_coin_for_each_count():
+    k, chance = np.array([99, 100, 0]), np.array([0.5, 1.0, 0.3])
+    found = randomised_lower(k, 100, 0.001, chance)
+    assert found.tolist() == [float(randomised_lower(a, 100, 0.001, b)) for a, b in zip(k, chance)]
+
+
+# --- betting
+
+
+def test_the_bettor_owns_the_mixtures_share_of_the_likelihood():
+    # Against p = 1/2 every sequence of n draws has probability 2^-n.
+    assert np.exp(log_wealth(3, 3, 0.5)) / 2**3 == pytest.approx(0.3125, rel=1e-12)
+    assert np.exp(log_wealth(2, 3, 0.5)) / 2**3 == pytest.approx(0.0625, rel=1e-12)
+    assert log_wealth(0, 0, 0.3) == 0
+
+
+@given(st.lists(st.booleans(), max_size=60), st.floats(0.01, 0.99))
+def test_wealth_is_the_product_of_bets_in_any_order(draws, p):
+    wealth, k = 0.0, 0
+    for n, success in enumerate(draws):
+        guess = (k + 0.5) / (n + 1)
+        wealth += np.log(guess / p if success else (1 - guess) / (1 - p))
+        k += success
+    assert log_wealth(k, len(draws), p) == pytest.approx(wealth, rel=1e-9, abs=1e-9)
+
+
+@given(small, st.floats(0.001, 0.999))
+def test_no_bet_wins_on_average_against_the_truth(kn, p):
+    k, n = kn
+    won, lost = np.exp(log_wealth([k + 1, k], n + 1, p) - log_wealth(k, n, p))
+    assert p * won + (1 - p) * lost == pytest.approx(1, rel=1e-7)
+
+
+@pytest.mark.parametrize("r, betting, fixed", [(0.0, 13, 10), (0.5, 25, 19), (1.0, 55, 40), (2.0, 459, 301)])
+def test_draws_that_all_succeed_prove_a_probability_after_so_many(r, betting, fixed):
+    n, wanted = np.arange(1, 600), stats.norm.cdf(r)
+    assert n[log_wealth(n, n, wanted) >= np.log(1000)][0] == betting
+    assert n[anytime_lower(n, n, 0.001) >= wanted][0] == betting
+    assert n[lower(n, n, 0.001) >= wanted][0] == fixed
+
+
+@pytest.mark.parametrize(
+    "k, n, bound", [(99, 100, 0.877114), (990, 1000, 0.968035), (99_000, 100_000, 0.988317), (100_000, 100_000, 0.999868)]
+)
+def test_anytime_bounds_are_those_of_the_methods(k, n, bound):
+    assert anytime_lower(k, n, 0.001) == pytest.approx(bound, abs=5e-7)
+
+
+def test_the_largest_anytime_radius_is_smaller_than_the_fixed_one():
+    assert radius(anytime_lower(100_000, 100_000, 0.001), 0.25) == pytest.approx(0.911897, abs=5e-7)
+
+
+@given(counts, levels)
+def test_an_anytime_bound_is_where_the_wealth_reaches_one_over_alpha(kn, alpha):
+    k, n = kn
+    bound = float(anytime_lower(k, n, alpha))
+    if k == 0:
+        assert bound == 0
+    else:
+        assert 0 < bound < k / n
+        assert log_wealth(k, n, bound) == pytest.approx(-np.log(alpha), rel=1e-6, abs=1e-6)
+        assert (log_wealth(k, n, np.linspace(bound, k / n, 9)[1:]) < -np.log(alpha)).all()
+    assert anytime_upper(n - k, n, alpha) == 1 - bound
+    assert bound <= lower(k, n, alpha)  # what holds at all times is never better than what holds at one
+
+
+def test_without_draws_betting_knows_nothing():
+    assert (anytime_lower(0, 0, 0.001), anytime_upper(0, 0, 0.001)) == (0, 1)
+
+
+# --- the oracle
+
+
+def test_no_test_can_do_with_fewer_draws_than_walds():
+    information = 0.9 * np.log(0.9 / 0.5) + 0.1 * np.log(0.1 / 0.5)
+    assert wald(0.9, 0.5, 0.001, 1e-4) == pytest.approx(np.log(1000) / information, rel=1e-12)
+    assert wald(0.1, 0.5, 0.001, 1e-4) == pytest.approx(np.log(10_000) / information, rel=1e-12)
+    assert wald(0.5, 0.5, 0.001, 1e-4) == np.inf
+
+
+@pytest.mark.parametrize("r, fixed", [(0.0, 10), (0.5, 19), (1.0, 40), (2.0, 301)])
+def test_of_a_sure_class_the_oracle_needs_the_draws_that_prove_it(r, fixed):
+    assert np.ceil(wald(1.0, stats.norm.cdf(r), 0.001, 1e-4)) == fixed
+
+
+def test_the_oracle_needs_more_the_nearer_the_truth_is():
+    p = np.linspace(0, 1, 101)
+    needed = wald(p, 0.8, 0.001, 0.001)
+    assert (np.diff(needed[p < 0.8]) > 0).all() and (np.diff(needed[p > 0.8]) < 0).all()
 
 
 # --- PREDICT
@@ -129,152 +251,3 @@ def test_the_two_sided_test_is_scipys(a, b):
     first, second = max(a, b), min(a, b)
     expected = stats.binomtest(first, first + second, 0.5).pvalue if first else 1.0
     assert two_sided(first, second) == pytest.approx(expected, rel=1e-9, abs=1e-300)
-
-
-# --- questions
-
-
-@pytest.mark.parametrize(
-    "sigma, alpha, n", [(0, 0.001, 9), (-1, 0.001, 9), (float("nan"), 0.001, 9), (1, 0, 9), (1, 0.5, 9), (1, 0.1, 0)]
-)
-def test_a_question_out_of_range_is_refused(sigma, alpha, n):
-    with pytest.raises(ValueError, match=r"sigma > 0, 0 < alpha < 0.5 and n >= 1; got sigma="):
-        Question(sigma, alpha, n)
-
-
-def test_the_fixed_estimator_looks_once():
-    assert list(FIXED.looks(Question(0.25, 0.001, 777))) == [777]
-
-
-# --- the grid estimator
-
-
-def race(question, p, images, *, stopping=True, seed=0):
-    """Radii, bounds and draws of many images whose class has probability p; stopping or not, the votes are the same."""
-    rng, looks = np.random.default_rng(seed), GRID.looks(question)
-    steps = rng.binomial(np.diff([0, *looks])[:, None], p, (len(looks), images)).cumsum(0).astype(float)
-    bound, draws, going = np.zeros(images), np.zeros(images, int), np.arange(images)
-    for index, now in enumerate(looks):
-        draws[going] = now
-        # Equal (count, bound) have equal answers; asking once for each is what makes this fast.
-        pairs, inverse = np.unique(np.stack([steps[index, going], bound[going]]), axis=1, return_inverse=True)
-        answers, finished = GRID.look(question, index, pairs[0], pairs[1])
-        bound[going] = answers[inverse]
-        going = going[~finished[inverse]] if stopping or index == len(looks) - 1 else going
-    assert len(going) == 0
-    return GRID.radius(question, bound), bound, draws
-
-
-@pytest.mark.parametrize(
-    "n, looks",
-    [
-        (1000, [100, 200, 400, 700, 1000]),
-        (10_000, [100, 200, 400, 700, 1000, 1500, 2000, 3000, 4000, 6000, 8000, 10_000]),
-        (100_000, list(LOOKS)),
-        (100, [100]),
-        (150, [100, 150]),
-    ],
-)
-def test_looks_above_n_are_dropped_and_the_last_is_n(n, looks):
-    assert GRID.looks(Question(0.25, 0.001, n, (0.0,))) == looks
-
-
-@pytest.mark.parametrize("n", [50, 100, 1000, 10_000, 100_000, 250_000])
-def test_the_levels_of_all_looks_sum_to_alpha(n):
-    question = Question(0.25, 0.001, n, (0.0,))
-    assert len(GRID.levels(question)) == len(GRID.looks(question))
-    assert GRID.levels(question).sum() == pytest.approx(0.001, rel=1e-12)
-
-
-def test_levels_and_last_bound_are_those_of_the_methods():
-    question = Question(0.25, 0.001, 100_000, (0.0,))
-    assert len(LOOKS) == 18
-    np.testing.assert_allclose(GRID.levels(question), [5.882353e-06] * 17 + [9e-4], rtol=1e-7)
-    bound, finished = GRID.look(question, 17, np.array([100_000.0]), np.zeros(1))
-    assert finished.all() and bound[0] == pytest.approx(9e-4**1e-5, rel=1e-12) == pytest.approx(0.9999299, abs=5e-8)
-
-
-def test_the_bound_never_falls_from_look_to_look():
-    question = Question(0.25, 0.001, 1000, (0.0, 0.5))
-    first, _ = GRID.look(question, 0, np.array([100.0]), np.zeros(1))
-    second, _ = GRID.look(question, 1, np.array([150.0]), first)
-    assert first[0] == lower(100, 100, 0.000025) and second[0] == first[0]
-
-
-@pytest.mark.parametrize("alpha, n", [(0.001, 1000), (0.05, 1000), (0.05, 10_000)])
-@pytest.mark.parametrize("r", [0.0, 0.25])
-def test_false_certificates_are_no_more_frequent_than_alpha(alpha, n, r):
-    question, edge, images = Question(0.25, alpha, n, (0.0, 0.25, 0.5)), stats.norm.cdf(r / 0.25), 20_000
-    allowed = stats.binom.ppf(1 - 1e-5, images, alpha)
-    just_below, _, _ = race(question, edge - 1e-9, images)
-    assert np.sum(np.nan_to_num(just_below, nan=-1) >= r) <= allowed
-    _, bound, _ = race(question, edge, images, stopping=False, seed=1)
-    assert np.sum(bound > edge) <= allowed
-
-
-def test_false_certificates_do_occur_so_that_the_test_above_can_fail():
-    found, _, _ = race(Question(0.25, 0.05, 1000, (0.0, 0.25, 0.5)), stats.norm.cdf(1) - 1e-9, 20_000)
-    assert np.sum(np.nan_to_num(found, nan=-1) >= 0.25) > 20_000 * 0.05 * 0.5
-
-
-@pytest.mark.parametrize("p", [0.3, 0.5, 0.7, 0.85, 0.97, 0.999, 1.0])
-def test_stopping_early_never_raises_a_radius_and_hardly_ever_lowers_one(p):
-    question = Question(0.25, 0.001, 4000, tuple(np.arange(20) * 0.05))
-    stopped, _, draws = race(question, p, 2000)
-    patient, _, _ = race(question, p, 2000, stopping=False)
-    stopped, patient = np.nan_to_num(stopped, nan=-1), np.nan_to_num(patient, nan=-1)
-    assert (stopped <= patient).all()
-    assert np.sum(stopped < patient) <= stats.binom.ppf(1 - 1e-6, 2000, FUTILITY) + 1
-    assert draws.max() <= 4000
-
-
-def test_hopeless_images_stop_at_the_first_look_and_open_ones_do_not():
-    question = Question(0.25, 0.001, 100_000, (0.0, 0.25, 0.5))
-    bound, finished = GRID.look(question, 0, np.array([10.0, 55, 100]), np.zeros(3))
-    np.testing.assert_array_equal(finished, [True, False, False])
-    np.testing.assert_array_equal(np.isnan(GRID.radius(question, bound)), [True, True, False])
-
-
-def test_futility_is_judged_at_its_share_of_one_in_ten_thousand():
-    question = Question(0.25, 0.001, 100_000, (0.0,))
-    count = np.arange(101.0)
-    _, finished = GRID.look(question, 0, count, np.zeros(101))
-    futile = stats.beta.ppf(1 - 1e-4 / 17, count + 1, np.maximum(100 - count, 1e-9)) < 0.5
-    certified = lower(count, 100, 1e-4 / 17) > 0.5
-    np.testing.assert_array_equal(finished, futile | certified)
-
-
-def test_an_image_stops_once_every_radius_is_proven():
-    _, finished = GRID.look(Question(0.25, 0.001, 1000, (0.0,)), 0, np.array([100.0, 70]), np.zeros(2))
-    np.testing.assert_array_equal(finished, [True, False])
-
-
-def test_an_image_stops_when_all_further_successes_would_not_reach_the_next_radius():
-    reach = radius(9e-4 ** (1 / 1000), 0.25)
-    for r, out in [(reach + 1e-6, True), (reach - 1e-6, False)]:
-        bound, finished = GRID.look(Question(0.25, 0.001, 1000, (0.0, float(r))), 0, np.array([100.0, 99]), np.zeros(2))
-        np.testing.assert_array_equal(finished, [out, True])  # one failure is enough to miss the ceiling
-        assert (bound > 0.5).all()
-
-
-def test_the_grid_certifies_the_largest_radius_whose_probability_is_proven():
-    question = Question(0.5, 0.001, 1000, (0.25, 0.5, 0.75))
-    edges = stats.norm.cdf(np.array([0.25, 0.5, 0.75]) / 0.5)
-    bound = np.array([0.6, edges[0] - 1e-12, edges[0] + 1e-12, edges[1] + 1e-12, edges[2] - 1e-12, 0.9999])
-    np.testing.assert_array_equal(GRID.radius(question, bound), [np.nan, np.nan, 0.25, 0.5, 0.5, 0.75])
-
-
-def test_the_grid_abstains_at_radius_zero_unless_the_bound_exceeds_one_half():
-    question = Question(0.5, 0.001, 1000, (0.0, 0.5))
-    np.testing.assert_array_equal(GRID.radius(question, np.array([0.5, 0.5 + 1e-12])), [np.nan, 0.0])
-
-
-@given(st.integers(1, 5000), st.floats(1e-4, 0.2))
-def test_no_estimator_passes_the_ceiling(n, alpha):
-    top = ceiling(0.25, n, alpha)
-    for name, rule in ESTIMATORS.items():
-        question = Question(0.25, alpha, n, tuple(np.linspace(0, 1.5, 200)))
-        bound = np.zeros(1)
-        for index, now in enumerate(rule.looks(question)):
-            bound, _ = rule.look(question, index, np.array([float(now)]), bound)
-        assert np.nan_to_num(rule.radius(question, bound))[0] <= top * (1 + 1e-9) + 1e-12, name

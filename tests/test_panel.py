@@ -11,9 +11,9 @@ from torch import Tensor
 
 from attacks.streams import Streams, generator
 from defenses.api import Classifier, Images, Recipe, Task
-from defenses.bounds import Question
 from defenses.combine import Adaptive, Consensus, GeometricMedian, Majority, Mean, MeanLogits, Rule, Weighted
 from defenses.ensemble import Ensemble, Panel, share
+from defenses.estimators import Question
 from defenses.nets import network
 from defenses.smoothing import certify, certify_together
 

@@ -10,6 +10,7 @@ from test_tables import certified, view
 
 from bench import plots
 from bench.metrics import variance_ratio
+from bench.plots.style import BASELINE, COLOURS, styles_of
 from bench.store import Record
 
 NAMES = [
@@ -55,11 +56,11 @@ def test_a_defense_looks_the_same_in_every_panel_and_like_no_other() -> None:
     assert looks[0] == looks[1] == looks[2]
     colours, markers, _ = zip(*(look for name, look in looks[0].items() if name != "randsmooth"), strict=True)
     assert len(set(colours)) == len(set(markers)) == len(NAMES) - 1
-    assert looks[0]["randsmooth"][::2] == (plots.BASELINE, "--") and plots.BASELINE not in colours
+    assert looks[0]["randsmooth"][::2] == (BASELINE, "--") and BASELINE not in colours
 
 
 def test_beyond_the_palette_lines_still_differ() -> None:
-    styles = plots._styles([f"d{i:02}" for i in range(2 * len(plots.COLOURS) + 1)])
+    styles = styles_of([f"d{i:02}" for i in range(2 * len(COLOURS) + 1)])
     assert len({(s["color"], s["marker"], s["linestyle"]) for s in styles.values()}) == len(styles)
 
 

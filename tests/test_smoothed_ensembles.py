@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +24,15 @@ from bench.registry import resolve
 from bench.runner import Request, Run, prepare
 from bench.suites import load_suite
 from defenses.api import Classifier, Images, Recipe, Task
-from defenses.bounds import Question, lower
+from defenses.bounds import lower
 from defenses.cear import cear_gm, cear_minus_gm, cear_minus_rw, cear_rw
 from defenses.combine import Adaptive, Consensus, Majority, Mean, MeanLogits
 from defenses.ensemble import Ensemble
+from defenses.estimators import Question
 from defenses.nets import network
-from defenses.phases import Phases, decide_radius
 from defenses.randsmooth import gaussian, randsmooth
 from defenses.smoothed_ensemble import SmoothedEnsemble, smoothed_ensemble
-from defenses.smoothing import certify_together
+from defenses.smoothing import certify, certify_together
 from defenses.sween import LearnedWeights, Sween, TrueClassProbabilities, mixture_loss, sween, sween3, sween_cear
 from defenses.variance import Noise, prefixes
 
@@ -163,16 +164,6 @@ def test_a_member_set_for_colour_images_is_no_part_of_all_on_greyscale_and_skipp
     assert record.status == "skipped" and "colour" in record.error
 
 
-def test_phases_decide_where_the_paper_s_do() -> None:
-    """r = sigma = 0.25: p_r = 0.841345; thresholds of methods 3.2."""
-    phases = Phases(0.25, 0.25)
-    for phase, least in enumerate((880, 8538, 105_607)):
-        assert phases.certified(phase, np.array([least - 1, least])).tolist() == [False, True]
-    for phase, most in enumerate((794, 8269)):
-        assert phases.hopeless(phase, np.array([most, most + 1])).tolist() == [True, False]
-    assert not phases.hopeless(2, np.array([0, 125_000])).any()
-
-
 class Coin(Classifier):
     """Class 1 where the first pixel of the noisy image is positive."""
 
@@ -182,21 +173,21 @@ class Coin(Classifier):
 
 
 def test_phases_certify_clear_cases_early_and_give_hopeless_ones_up() -> None:
-    """A half-space at distance d is robust at r < d; sigma = 1, asked at r = 1."""
-    x = torch.tensor([2.5, 0.2, 1.08, -2.5]).view(-1, 1, 1, 1)
-    phases = Phases(1.0, 1.0, n=(1000, 10_000))
-    found = decide_radius(Coin().eval(), x, phases, Streams(0, "phases", ids=range(4)))
+    """A half-space at distance d is robust at r < d; sigma = 1, asked at r = 1; phases of 100, 1,000 and 12,500 draws."""
+    x = torch.tensor([2.5, 0.2, 1.16, -2.5]).view(-1, 1, 1, 1)
+    ask = partial(certify, Coin().eval(), sigma=1.0, n=10_000, estimator="phases", radii=(1.0,))
+    found = ask(x, streams=Streams(0, "phases", ids=range(4)))
     assert found.label.tolist() == [1, -1, 1, 0]
-    assert found.phase.tolist() == [0, 0, 1, 0]
-    assert found.draws.tolist() == [1100, 1100, 11_200, 1100] == found.evaluations.tolist()
-    alone = decide_radius(Coin().eval(), x[2:3], phases, Streams(0, "phases", ids=[2]))
-    assert (alone.label, alone.draws) == (found.label[2], found.draws[2])
+    assert found.radius.tolist() == [1, 0, 1, 1]
+    assert found.draws.tolist() == [100, 100, 13_600, 100]
+    assert found.evaluations.tolist() == [200, 200, 13_900, 200]  # every phase selects with draws of its own
+    alone = ask(x[2:3], streams=Streams(0, "phases", ids=[2]))
+    assert (alone.label, alone.draws, alone.count) == (found.label[2], found.draws[2], found.count[2])
 
 
 def test_phases_certify_beyond_the_truth_no_more_often_than_alpha() -> None:
     x = torch.full((1500, 1, 1, 1), 0.999)
-    phases = Phases(1.0, 1.0, n=(100, 400), alpha=0.05)
-    found = decide_radius(Coin().eval(), x, phases, Streams(1, "phases", ids=range(1500)))
+    found = certify(Coin().eval(), x, 1.0, n=400, alpha=0.05, estimator="phases", radii=(1.0,))
     assert 0 < (found.label == 1).sum() <= 1500 * 0.05 + 3 * math.sqrt(1500 * 0.05 * 0.95)
 
 

@@ -14,10 +14,11 @@ from attacks.oracle import ContractError
 from attacks.streams import Streams, generator
 from defenses.api import Classifier, Images, Recipe, Task
 from defenses.bounds import ceiling, lower
-from defenses.combine import GeometricMedian
+from defenses.combine import GeometricMedian, Mean
 from defenses.ensemble import Ensemble
+from defenses.estimators import ESTIMATORS
 from defenses.nets import network
-from defenses.smoothing import Smoothed, Voting, certify, count_votes
+from defenses.smoothing import POOLED, Smoothed, Voting, certify, count_votes
 
 
 class Halfspace(Classifier):
@@ -76,13 +77,14 @@ def small() -> tuple[Ensemble, Tensor]:
     return Ensemble(members, GeometricMedian()).eval(), images.floats()
 
 
-@pytest.mark.parametrize("estimator", ["fixed", "grid"])
+@pytest.mark.parametrize("estimator", ["fixed", "grid", "randomised", "union_bound", "anytime", "phases", POOLED])
 def test_batches_order_and_company_change_nothing(estimator: str) -> None:
     base, x = small()
 
     def ask(rows: list[int], batch: int) -> list[tuple[int, float, int, int]]:
         streams = Streams(5, "certify", ids=[100 + row for row in rows])
-        options = {"n0": 20, "n": 150, "estimator": estimator, "radii": (0.0, 0.1, 0.2)}
+        radii = (0.0,) if estimator in ESTIMATORS and ESTIMATORS[estimator].preset else (0.0, 0.1, 0.2)
+        options = {"n0": 20, "n": 150, "estimator": estimator, "radii": radii}
         found = certify(base, x[rows], 0.5, streams=streams, batch=batch, **options)
         columns = (found.label, found.radius, found.count, found.draws)
         return list(zip(*[column.tolist() for column in columns]))
@@ -144,10 +146,64 @@ def test_more_draws_extend_fewer() -> None:
     x, streams = coins([0.7]), Streams(1, ids=[9])
     few = count_votes(Coin().eval(), x, 1.0, 250, streams)
     voting = Voting([Coin().eval()], x, 1.0, 100)
-    seen = [labels[0] for _, labels in voting.ballots(streams, torch.ones(1, 1, dtype=torch.bool), (250, 730))]
+    seen = [labels[0] for *_, labels in voting.ballots(streams, torch.ones(1, 1, dtype=torch.bool), (250, 730))]
     many = count_votes(Coin().eval(), x, 1.0, 730, streams)
-    assert int(many[0, 1]) == int(few[0, 1]) + int(torch.cat(seen, 1).sum())
-    assert sum(labels.shape[1] for labels in seen) == 480
+    assert int(many[0, 1]) == int(few[0, 1]) + sum(int(labels.sum()) for labels in seen)
+    assert sum(labels.numel() for labels in seen) == 480
+
+
+def test_many_blocks_of_few_images_fill_a_batch() -> None:
+    sizes: list[int] = []
+
+    def base(x: Tensor) -> Tensor:
+        sizes.append(len(x))
+        return torch.zeros(len(x), dtype=torch.int64)
+
+    count_votes(base, torch.zeros(1, 1, 2, 2), 1.0, 2050, Streams(0, ids=[0]), batch=1000)
+    assert sorted(sizes) == [50, 1000, 1000]
+
+
+def test_every_estimator_draws_the_same_votes_and_only_says_something_else_about_them() -> None:
+    base, x = small()
+    streams, votes = Streams(5, ids=range(12)), {}
+    for name, rule in ESTIMATORS.items():
+        radii = (0.0,) if rule.preset else (0.0, 0.1, 0.2)
+        found = certify(base, x, 0.5, n=600, estimator=name, radii=radii, streams=streams)
+        assert (found.radius <= rule.ceiling(found.question, float(found.chance.min())) * (1 + 1e-12)).all(), name
+        assert torch.equal(found.chance, certify(base, x, 0.5, n=100, streams=streams).chance)
+        votes[name] = found
+    whole = votes["fixed"]
+    assert torch.equal(whole.count, votes["randomised"].count)
+    assert (votes["randomised"].radius >= whole.radius).all() and (votes["anytime"].radius <= whole.radius).all()
+    full = votes["grid"].draws == 600
+    assert torch.equal(whole.count[full], votes["grid"].count[full])
+
+
+def test_images_whose_selected_class_is_wrong_may_cost_nothing() -> None:
+    base, x = small()
+    alone = certify(base, x, 0.5, n=200)
+    labels = torch.where(torch.arange(12) % 3 == 0, 9 - alone.label, alone.label)
+    spared = certify(base, x, 0.5, n=200, labels=labels)
+    wrong = alone.label != labels
+    kept = ~wrong & (alone.label >= 0)
+    assert wrong.any() and kept.any()
+    assert (spared.draws[wrong & (alone.label >= 0)] == 0).all() and (spared.label[wrong] == -1).all()
+    for name in ("label", "radius", "count", "draws", "evaluations"):
+        assert torch.equal(getattr(spared, name)[kept], getattr(alone, name)[kept]), name
+
+
+def test_pooled_votes_are_counted_as_draws_and_say_so() -> None:
+    """Three copies of a network: the pooled bound believes in three times the draws (methods 3.4)."""
+    copies = Ensemble([Coin(), Coin(), Coin()], Mean()).eval()
+    sound = certify(copies, coins([0.9]), 0.25, n=1000)
+    pooled = certify(copies, coins([0.9]), 0.25, n=1000, estimator=POOLED)
+    assert pooled.estimator == "pooled (unsound)"
+    assert pooled.count.item() == 3 * sound.count.item() and pooled.draws.item() == 1000
+    assert pooled.evaluations.item() == 3 * 1100
+    expected = 0.25 * stats.norm.ppf(lower(pooled.count.item(), 3000, 0.001))
+    assert pooled.radius.item() == pytest.approx(expected) and pooled.radius > sound.radius
+    alone = certify(Coin().eval(), coins([0.9]), 0.25, n=1000, estimator=POOLED)
+    assert torch.equal(alone.radius, certify(Coin().eval(), coins([0.9]), 0.25, n=1000).radius)
 
 
 def test_noise_has_the_stated_deviation_and_is_not_clipped() -> None:
@@ -193,8 +249,9 @@ def test_the_soft_score_is_the_mean_softmax_of_its_draws() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"estimator": "fixd"}, "unknown estimator 'fixd'; known are fixed, grid"),
+        ({"estimator": "fixd"}, "unknown estimator 'fixd'; known are fixed, randomised, grid, .*pooled"),
         ({"estimator": "grid"}, "the grid estimator needs radii"),
+        ({"estimator": "phases", "radii": (0.0, 0.1)}, "Phases decides one radius a run"),
         ({"radii": (0.2, 0.1)}, "non-negative and increasing"),
         ({"alpha": 0.7}, "alpha"),
         ({"n": 0}, "n >= 1"),

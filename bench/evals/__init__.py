@@ -6,11 +6,26 @@ from pydantic import Field
 
 from bench.evals.api import Outcome, Piece, Skipped, Subject
 from bench.evals.certified import Certified
+from bench.evals.challenge import Challenge
 from bench.evals.clean import Clean
 from bench.evals.robust import Robust
 from bench.evals.variance import Variance
+from bench.evals.votes import Votes
 
-Evaluation = Annotated[Clean | Robust | Certified | Variance, Field(discriminator="kind")]
-KINDS = ("clean", "robust", "certified", "variance")
+Evaluation = Annotated[Clean | Robust | Certified | Challenge | Variance | Votes, Field(discriminator="kind")]
+KINDS = ("clean", "robust", "certified", "challenge", "variance", "votes")
 
-__all__ = ["KINDS", "Certified", "Clean", "Evaluation", "Outcome", "Piece", "Robust", "Skipped", "Subject", "Variance"]
+__all__ = [
+    "KINDS",
+    "Certified",
+    "Challenge",
+    "Clean",
+    "Evaluation",
+    "Outcome",
+    "Piece",
+    "Robust",
+    "Skipped",
+    "Subject",
+    "Variance",
+    "Votes",
+]

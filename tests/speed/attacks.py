@@ -114,7 +114,7 @@ def compare(model: Classifier, images: Images, norm: str, eps: float, options: a
     named = [("ours", part) for part in spent] + [("reference", part) for part in theirs]
     note["components"] = [{"engine": engine, **vars(part)} for engine, part in named]
     if options.spread:
-        note["spread"] = spread(model, images, norm, eps, options)
+        note["spread"] = spread(model, images, mine != other, norm, eps, options)
         print(json.dumps(note["spread"]), flush=True)
     if options.alone:
         note["alone"] = [alone(name, model, images, norm, eps) for name in COMPONENTS]
@@ -139,15 +139,18 @@ def cascade(step: Step, model: Classifier, images: Images, options: argparse.Nam
     return stands, spent
 
 
-def spread(model: Classifier, images: Images, norm: str, eps: float, options: argparse.Namespace) -> dict[str, Any]:
+def spread(
+    model: Classifier, images: Images, differ: Tensor, norm: str, eps: float, options: argparse.Namespace
+) -> dict[str, Any]:
     """Verdicts that differ between two seeds of an engine, and between the engines, over images near the radius.
 
-    Only there, within 6 % of the nearest adversarial point that FMN finds, does the seed decide.
+    The seed decides where the nearest adversarial point that FMN finds is within 6 % of the radius, and where it already did
+    (``differ``).
     """
     x, y = images.floats(), images.labels
     nearest = Fmn(norm=norm, steps=300)(model, x, y)
     near = ((nearest.distance / eps - 1).abs() < 0.06) & (nearest.forwards > 0)
-    some = images.take(near.nonzero().flatten())
+    some = images.take((near | differ).nonzero().flatten())
     found = {
         name: torch.stack([cascade(engine(model, norm, eps, seed), model, some, options)[0].cpu() for seed in range(SEEDS)])
         for name, engine in (("ours", ours), ("reference", reference))

@@ -1,0 +1,129 @@
+"""How figures look: colours, lines with intervals, panels, legends."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.store import Metric, Record
+
+# Okabe & Ito 2008 without yellow (too faint on white), then indigo, wine and olive of Tol 2021 (muted): distinct for
+# colour-blind readers; markers, one a colour, carry the same information in grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#332288", "#882255", "#999933")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "*", ">")
+BASELINE = "#777777"
+
+
+def sigma_of(record: Record) -> float:
+    """The noise of a certificate, 0 where there is none."""
+    return float(record.eval["fields"].get("sigma") or 0.0)
+
+
+def percent(metric: Metric) -> tuple[float | None, float | None]:
+    """The interval in percent."""
+    return tuple(None if end is None else 100 * end for end in (metric.lower, metric.upper))  # type: ignore[return-value]
+
+
+Points = list[tuple[float, float, float | None, float | None]]
+
+
+def points_of(metrics: list[Metric], place: str) -> Points:
+    """(x, value, lower, upper) in percent; several seeds give their mean and no band of a single one."""
+    groups: dict[float, list[Metric]] = {}
+    for metric in metrics:
+        groups.setdefault(getattr(metric, place), []).append(metric)
+    points: Points = []
+    for x, group in sorted(groups.items()):
+        value = 100 * sum(metric.value for metric in group) / len(group)
+        one = group[0]
+        if len(group) == 1 and one.lower is not None and one.upper is not None:
+            points.append((x, value, 100 * one.lower, 100 * one.upper))
+        else:
+            points.append((x, value, None, None))
+    return points
+
+
+def line(axes: Axes, points: Points, label: str, style: dict[str, Any], place: tuple[int, int] = (0, 1)) -> None:
+    """A line with its intervals: a band, or bars beside the points where it is number ``place[0]`` of many (``place[1]``)."""
+    if not points:
+        return
+    xs = [point[0] for point in points]
+    axes.plot(xs, [point[1] for point in points], label=label, ms=3.5, lw=1.2, **style)
+    ends = [(x, low, high) for x, _, low, high in points if low is not None and high is not None]
+    if not ends:
+        return
+    x, low, high = zip(*ends, strict=True)
+    index, count = place
+    if count > BANDS:
+        step = xs[1] - xs[0] if len(xs) > 1 else 1.0
+        beside = [value + 0.04 * step * (index - (count - 1) / 2) for value in x]
+        axes.vlines(beside, low, high, color=style["color"], alpha=0.4, lw=0.8)
+    else:
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.12, lw=0)
+
+
+BANDS = 3
+"""More lines than this get bars for intervals, beside the points: bands on top of each other show nothing."""
+
+
+def styles_of(variants: list[str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and dashes of each variant; randomised smoothing, the baseline, is grey and dashed."""
+    names = sorted(set(variants))
+    baselines = [v for v in names if v.partition("@")[0] == "randsmooth"]
+    others = [v for v in names if v not in baselines]
+    styles: dict[str, dict[str, Any]] = {}
+    for index, variant in enumerate(baselines):
+        styles[variant] = {"color": BASELINE, "marker": MARKERS[index % len(MARKERS)], "linestyle": "--"}
+    for index, variant in enumerate(others):
+        turn, place = divmod(index, len(COLOURS))
+        # In a second turn through the colours markers and dashes differ.
+        marker = MARKERS[(place + 3 * turn) % len(MARKERS)]
+        styles[variant] = {"color": COLOURS[place], "marker": marker, "linestyle": ("-", "-.", ":")[turn % 3]}
+    return styles
+
+
+def sheet(count: int, records: list[Record], extra: list[str]) -> tuple[Figure, list[Axes]]:
+    """Panels in rows of three, and in small print what was measured on what."""
+    columns = min(count, 3)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(max(4.6, 2.9 * columns), 2.7 * rows + 0.5), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for spare in panels[count:]:
+        spare.set_visible(False)
+    for axes in panels[:count]:
+        tidy(axes)
+    suites = sorted({f"{r.suite['name']} v{r.suite['version']}, budget {r.suite['budget']}" for r in records})
+    images = sorted({f"{r.eval['fields']['images']}" for r in records}, key=int)
+    sources = sorted({r.hashes.get("data", "unknown data") for r in records})
+    lines = [f"{', '.join(suites)}; {'/'.join(images)} images of {', '.join(sources)}; bands and bars: 95 % intervals", *extra]
+    letters = int(22 * figure.get_figwidth())  # that fit side by side at this size
+    figure.supxlabel("\n".join(textwrap.fill(line, letters) for line in lines), fontsize=6, color="#444444")
+    return figure, panels[:count]
+
+
+def tidy(axes: Axes) -> None:
+    """Small labels, a faint grid, no box."""
+    axes.tick_params(labelsize=8)
+    for text in (axes.xaxis.label, axes.yaxis.label, axes.title):
+        text.set_fontsize(9)
+    axes.grid(True, lw=0.4, alpha=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def legend(figure: Figure, panels: list[Axes]) -> None:
+    """One legend for all panels: inside the first, or above them where many lines would leave no room."""
+    handles: dict[str, Any] = {}
+    for axes in panels:
+        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if len(handles) <= BANDS:
+        panels[0].legend(fontsize=7, frameon=False)
+        return
+    room = 16 * figure.get_figwidth()  # letters that fit side by side; a handle takes the room of eight
+    columns = max(1, min(5, len(handles), int(room / (max(map(len, handles)) + 8))))
+    # The legend gets room of its own: taken from the panels, ten lines of it would leave them flat.
+    figure.set_figheight(figure.get_figheight() + 0.15 * -(-len(handles) // columns))
+    look: dict[str, Any] = {"ncols": columns, "handlelength": 3.2, "fontsize": 6.5, "frameon": False}
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", **look)
