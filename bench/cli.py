@@ -6,12 +6,9 @@ import os
 import sys
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from bench.store import Record
 
 app = typer.Typer(
     name="bench",
@@ -46,6 +43,7 @@ def run(  # noqa: PLR0913, PLR0917 (every option of the contract)
     """Train what is missing, evaluate what is missing, store every record, draw the plots."""
     import torch
 
+    from bench import show
     from bench.progress import Progress
     from bench.runner import Request, Run
 
@@ -77,30 +75,9 @@ def run(  # noqa: PLR0913, PLR0917 (every option of the contract)
         raise typer.Exit(INTERRUPTED) from None
     for problem in job.store.problems:
         print(problem, file=sys.stderr)
-    _show(job.store.root, job.suite.name, records)
+    show.finished(job.store.root, job.suite.name, records)
     if any(record.status == "error" for record in records):
         raise typer.Exit(FAILED)
-
-
-def _show(root: Path, suite: str, records: list[Record]) -> None:
-    """Summary, failures, and where everything is."""
-    from bench import plots, tables
-    from bench.store import Store
-
-    store = Store(root)
-    for table in tables.summaries(store, suite):
-        print(f"\n{tables.render(table, 'text')}\n")
-    facts = {record.defense["variant"]: record.facts for record in records if record.facts}
-    for variant, known in facts.items():
-        print(f"{variant}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in known.items()))
-    for record in records:
-        if record.status == "skipped":
-            print(f"skipped: {record.defense['variant']} {record.eval['name']}: {record.error}")
-        if record.status == "error":
-            last = (record.error or "").strip().splitlines()[-1]
-            print(f"failed: {record.defense['variant']} {record.eval['name']} (seed {record.seed}): {last}")
-    drawn = plots.draw(store, suite, root / suite / "plots")
-    print(f"\nrecords: {root / suite}\nplots:   {', '.join(str(path) for path in drawn if path.suffix == '.png')}")
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -294,33 +271,14 @@ def doctor(
     ] = False,
 ) -> None:
     """Look at this installation: versions, device, data at hand, defenses, run folder."""
-    from bench import environment
+    from bench import environment, show
 
     checks = environment.doctor(data, runs)
     for name, well, detail in checks:
         print(f"{'ok  ' if well else 'BAD '} {name:20} {detail}")
-    agree = _reference(data) if reference else True
+    agree = show.agreement(data) if reference else True
     if not agree or not all(well for _, well, _ in checks):
         raise typer.Exit(FAILED)
-
-
-def _reference(data: Path | None) -> bool:
-    """Print how engines agree; whether all do."""
-    from tabulate import tabulate
-
-    from bench.engines import IMAGES, agreement
-
-    table = agreement(data)
-    rows = []
-    for line in table:
-        mark = "--" if line.error else "ok" if line.agrees else "BAD"
-        numbers = (line.broken, line.ours, line.only_engine, line.only_ours, line.moved, f"{line.seconds:.1f}")
-        rows.append(
-            (mark, line.attack, line.norm, line.engine, *(numbers if not line.error else ("", "", "", "", "", line.error)))
-        )
-    headers = ["", "attack", "norm", "engine", f"broken of {IMAGES}", "by ours", "only engine", "only ours", "moved", "seconds"]
-    print(tabulate(rows, headers, disable_numparse=True))
-    return all(line.agrees or line.error for line in table)
 
 
 def main() -> None:

@@ -153,6 +153,12 @@ def test_the_randomised_bound_takes_a_coin_for_each_count():
     assert found.tolist() == [float(randomised_lower(a, 100, 0.001, b)) for a, b in zip(k, chance)]
 
 
+@pytest.mark.parametrize("n", [1, 100, 100_000])
+def test_the_luckiest_coin_still_gives_a_finite_radius(n):
+    bound = randomised_lower(n, n, 0.001, np.array([0, 0.0005, 0.001]))
+    assert (bound < 1).all() and np.isfinite(radius(bound, 0.25)).all()
+
+
 # --- betting
 
 

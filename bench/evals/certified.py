@@ -63,7 +63,7 @@ class Certified(Smoothing):
         """The largest radius that may come out."""
         rule, sigma = ESTIMATORS["fixed" if self.estimator == POOLED else self.estimator], self.noise(subject)
         members = len(subject.model.members) if self.estimator == POOLED else 1
-        return rule.ceiling(Question(sigma, self.alpha, self.n * members, (0.0,) if rule.preset else ()), chance)
+        return rule.ceiling(Question(sigma, self.alpha, self.n * members), chance)
 
     def grid(self, subject: Subject) -> tuple[float, ...]:
         """The radii at which accuracies are reported."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import special
@@ -77,6 +77,8 @@ class Estimator(ABC):
 
     def ceiling(self, question: Question, chance: float = 1.0) -> float:
         """The largest radius that can come out: that of draws which all agree (invariant I7); 0 if even then none."""
+        if self.preset and not question.radii:
+            question = replace(question, radii=(0.0,))
         best = np.zeros(1)
         for trial, looks in enumerate(self.trials(question)):
             bound = np.zeros(1)

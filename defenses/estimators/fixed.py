@@ -25,7 +25,8 @@ class Randomised(Fixed):
     """Randomised Clopper-Pearson on n draws (Voracek 2024): a little more radius from the same draws, for a logged coin.
 
     Proof: the coin makes the binomial test's level exactly alpha instead of at most alpha. It is drawn before the votes, once
-    an image, and stored; whoever draws again until it pleases has no certificate.
+    an image, and stored; whoever draws again until it pleases has no certificate. A coin below alpha proves anything if all
+    votes agree: one sure image in 1/alpha has an absurd radius, so prefer another estimator where ACR is the question.
     """
 
     def look(self, question: Question, trial: int, index: int, tally: Tally) -> tuple[Floats, Bools]:
@@ -44,7 +45,7 @@ class Phases(Estimator):
 
     Attributes:
         shares: draws of each phase as shares of n; 1,000, 10,000 and 125,000 for n = 100,000, as in the paper (the last makes
-            up for alpha / 3). In whole hundreds.
+            up for alpha / 3). In whole hundreds, one at least: so few draws are all that can go beyond n.
     """
 
     preset = True
