@@ -25,7 +25,8 @@ def certified(records: list[Record], store: Store | None = None) -> Figure | Non
     if not records:
         return None
     sigmas = sorted({sigma_of(record) for record in records})
-    figure, panels = sheet(len(sigmas), records, sorted({certificate(record) for record in records}))
+    dotted = [DOTTED] if store is not None and any(_whole(record) for record in records) else []
+    figure, panels = sheet(len(sigmas), records, [*sorted({certificate(record) for record in records}), *dotted])
     styles = styles_of([without_sigma(record.defense["variant"]) for record in records])
     for axes, sigma in zip(panels, sigmas, strict=True):
         chosen = [record for record in records if sigma_of(record) == sigma]
@@ -42,7 +43,7 @@ def certified(records: list[Record], store: Store | None = None) -> Figure | Non
             label = f"{variant}, {curves[0].eval['fields']['estimator']}" if several else variant
             faded = {"alpha": 1 - 0.4 * variants[:index].count(variant) / variants.count(variant)}
             style = {**styles[variant], **faded}
-            if store is not None and len(curves) == 1 and any(m.metric == "acr" for m in curves[0].metrics):
+            if store is not None and len(curves) == 1 and _whole(curves[0]):
                 _curve(axes, store.rows(curves[0]), label, style, curves[0].eval["fields"]["alpha"])
             else:
                 line(axes, points, label, style, (index, len(lines)))
@@ -51,6 +52,14 @@ def certified(records: list[Record], store: Store | None = None) -> Figure | Non
         axes.set_ylim(max(0, axes.get_ylim()[0]), 101)
     legend(figure, panels)
     return figure
+
+
+DOTTED = "dotted: what holds for the whole set with probability 1 - alpha"
+
+
+def _whole(record: Record) -> bool:
+    """Whether radii are whole, not members of a grid."""
+    return any(metric.metric == "acr" for metric in record.metrics)
 
 
 def _curve(axes: Axes, rows: pd.DataFrame, label: str, style: dict[str, Any], alpha: float) -> None:
