@@ -1,4 +1,4 @@
-"""The naive ensemble, baseline of all others: members trained alone that differ in initialisation and order of images."""
+"""The naive ensemble, baseline of all others: members trained alone on the same batches, that differ in initialisation."""
 
 from __future__ import annotations
 
@@ -12,6 +12,21 @@ from defenses.training import Trained
 
 
 @dataclass(frozen=True, kw_only=True)
+class Plain(Trained):
+    """A member that sees the images in the order in which all members do."""
+
+    @property
+    def order(self) -> tuple[str, int]:
+        return self.role, 0
+
+
+def plain(task: Task, seed: int, member: int) -> Plain:
+    """Member number ``member`` of the naive ensemble."""
+    recipe = task.recipe_for("plain")
+    return Plain(role="plain", seed=seed, member=member, architecture=task.architecture, recipe=recipe)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Naive(Defense):
     """Mean softmax of ``members`` plain networks."""
 
@@ -21,10 +36,8 @@ class Naive(Defense):
         return Ensemble([network(task) for _ in range(self.members)], Mean()).to(task.device).eval()
 
     def fit(self, model: Classifier, task: Task, parts: Parts, seed: int) -> None:
-        recipe = task.recipe_for("plain")
         for member, net in enumerate(model.members):
-            part = Trained(role="plain", seed=seed, member=member, architecture=task.architecture, recipe=recipe)
-            net.load_state_dict(parts.get(part))
+            net.load_state_dict(parts.get(plain(task, seed, member)))
 
 
 naive = Naive()

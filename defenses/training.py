@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attacks.streams import generator
-from defenses.api import Images, Part, Recipe, Task, Weights, Workshop
+from defenses.api import Classifier, Images, Part, Recipe, Task, Weights, Workshop
 from defenses.nets import Network, network
 
 
@@ -24,13 +25,23 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Batch:
-    """What a loss sees: augmented images (n c h w) in [0,1], labels (n), the generator for its own noise, and how much of a
-    hard label is spread over all classes."""
+    """What a loss sees.
+
+    Attributes:
+        x: augmented images (n c h w) in [0,1].
+        y: labels (n).
+        gen: generator for its own noise.
+        label_smoothing: how much of a hard label is spread over all classes.
+        epoch: counted from 0.
+        partner: as many other training images (n c h w) with their labels (n), from a second shuffle.
+    """
 
     x: Tensor
     y: Tensor
     gen: torch.Generator
     label_smoothing: float = 0.0
+    epoch: int = 0
+    partner: Callable[[], tuple[Tensor, Tensor]] | None = None
 
     def noise(self) -> Tensor:
         """Standard normal numbers of the images' shape."""
@@ -38,9 +49,9 @@ class Batch:
 
 
 class Loss(Protocol):
-    """A frozen dataclass: what a network is trained for. Its fields are part of the content key."""
+    """A frozen dataclass: what a model is trained for. Its fields are part of the content key."""
 
-    def __call__(self, net: Network, batch: Batch, needs: Sequence[Network]) -> dict[str, Tensor]:
+    def __call__(self, net: Any, batch: Batch, needs: Sequence[Network]) -> dict[str, Tensor]:
         """Named scalars whose sum is minimised. ``needs`` are the finished networks of the part's needs."""
 
 
@@ -63,6 +74,20 @@ class Trained(Part):
     recipe: Recipe
     loss: Any = field(default_factory=CrossEntropy)
 
+    @property
+    def order(self) -> tuple[str, int]:
+        """What, beside seed and epoch, keys the order and augmentation of images."""
+        return self.role, self.member
+
+    def generators(self, epoch: int, device: torch.device) -> tuple[torch.Generator, torch.Generator]:
+        """Randomness of an epoch: for order and augmentation, and for the loss."""
+        gen = generator(self.seed, "train", *self.order, epoch, device=device)
+        return gen, gen
+
+    def checks(self, net: Classifier, task: Task) -> dict[str, float]:
+        """What is measured after every epoch."""
+        return {"validation_accuracy": accuracy(net, task.validation)}
+
     def make(self, task: Task, needs: Sequence[Weights], workshop: Workshop) -> Weights:
         teachers = []
         for part, weights in zip(self.needs, needs, strict=True):
@@ -74,7 +99,7 @@ class Trained(Part):
         return net.state_dict()
 
 
-def train(net: Network, task: Task, part: Trained, needs: Sequence[Network], workshop: Workshop) -> None:
+def train(net: Classifier, task: Task, part: Trained, needs: Sequence[Network], workshop: Workshop) -> None:
     """Train in place; goes on from the workshop's checkpoint and leaves one after every epoch.
 
     Every epoch draws from a generator of its own, keyed by (seed, role, member, epoch), so that a continued run is the same
@@ -94,10 +119,10 @@ def train(net: Network, task: Task, part: Trained, needs: Sequence[Network], wor
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(epoch)
-        gen = generator(part.seed, "train", part.role, part.member, epoch, device=task.device)
-        with _dropout_from(gen, net):
-            facts = _epoch(net, task.train, optimizer, part, needs, gen)
-        facts["validation_accuracy"] = accuracy(net, task.validation)
+        gens = part.generators(epoch, task.device)
+        with _dropout_from(gens[0], net):
+            facts = _epoch(net, task.train, optimizer, part, needs, gens, epoch)
+        facts |= part.checks(net, task)
         broken = [name for name, value in facts.items() if not math.isfinite(value)]
         if broken:
             raise TrainingDiverged(
@@ -143,16 +168,18 @@ def _draws(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ == "StochasticDepth"
 
 
-def _epoch(
-    net: Network,
+def _epoch(  # noqa: PLR0913, PLR0917
+    net: Classifier,
     images: Images,
     optimizer: torch.optim.Optimizer,
     part: Trained,
     needs: Sequence[Network],
-    gen: torch.Generator,
+    gens: tuple[torch.Generator, torch.Generator],
+    epoch: int,
 ) -> dict[str, float]:
     """One pass; sums stay on the device, so the host waits once per epoch."""
-    recipe, device = part.recipe, images.pixels.device
+    recipe, device, (gen, own) = part.recipe, images.pixels.device, gens
+    partner = _partners(images, recipe, own)
     net.train()
     order = torch.randperm(len(images), generator=gen, device=device)
     # A last step of one image would give BatchNorm nothing to normalise over.
@@ -161,7 +188,8 @@ def _epoch(
     for rows in steps:
         # Cropped as bytes, a quarter of the memory traffic of floats, and the same numbers.
         x = augment(images.pixels[rows], recipe.augment, gen).float().div_(255)
-        parts = part.loss(net, Batch(x, images.labels[rows], gen, recipe.label_smoothing), needs)
+        seen = Batch(x, images.labels[rows], own, recipe.label_smoothing, epoch, partial(next, partner))
+        parts = part.loss(net, seen, needs)
         total = torch.stack(list(parts.values())).sum()
         optimizer.zero_grad(set_to_none=True)
         total.backward()
@@ -169,6 +197,15 @@ def _epoch(
         for name, value in {**parts, "loss": total}.items():
             sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach()
     return {name: float(value / len(steps)) for name, value in sums.items()}
+
+
+def _partners(images: Images, recipe: Recipe, gen: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of a second shuffle; nothing is drawn before somebody asks."""
+    while True:
+        order = torch.randperm(len(images), generator=gen, device=images.pixels.device)
+        for rows in order.split(recipe.batch):
+            if len(rows) > 1:
+                yield augment(images.pixels[rows], recipe.augment, gen).float().div_(255), images.labels[rows]
 
 
 def augment(x: Tensor, kind: str, gen: torch.Generator) -> Tensor:
