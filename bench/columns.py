@@ -17,9 +17,8 @@ def certificate(record: Record) -> str:
 
 
 def _rank(record: Record) -> int:
-    return {"clean": 0, "robust": 1, "certified": 2, "challenge": 2, "variance": 3, "votes": 4}.get(
-        record.eval["fields"].get("kind", ""), 5
-    )
+    order = {"clean": 0, "robust": 1, "certified": 2, "challenge": 2, "variance": 3, "diversity": 4, "votes": 5}
+    return order.get(record.eval["fields"].get("kind", ""), 6)
 
 
 def key(record: Record, metric: Metric) -> tuple[Any, ...]:
@@ -97,7 +96,24 @@ def _votes_key(rank: int, record: Record, metric: Metric) -> tuple[Any, ...]:
     return (rank, "", _VOTES[metric.metric], _at(metric)) if metric.metric in _VOTES else ()
 
 
-_KINDS = {"variance": _variance_key, "votes": _votes_key}
+def _diversity_key(rank: int, record: Record, metric: Metric) -> tuple[Any, ...]:
+    """A column each, in the order in which the caption explains them."""
+    if metric.metric not in _DIVERSITY:
+        return ()
+    return (rank + list(_DIVERSITY).index(metric.metric) / 10, record.eval["name"], _DIVERSITY[metric.metric], BARE)
+
+
+_DIVERSITY = {
+    "gradient_cosine": "cosine",
+    "gradient_coherence": "coherence",
+    "saliency_alignment": "SMD",
+    "log_diversity": "ln ED",
+    "error_correlation": "errors",
+    "gradient_norm": "gradient",
+    "curvature": "curvature",
+}
+
+_KINDS = {"variance": _variance_key, "diversity": _diversity_key, "votes": _votes_key}
 """Evaluations with a table of their own."""
 
 

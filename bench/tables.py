@@ -52,7 +52,7 @@ def summaries(store: Store, suite: str | None = None) -> list[Table]:
 
 
 def _block(record: Record) -> tuple[Any, ...]:
-    """What the records of one table share; attacks, certificates and the variance view have tables of their own."""
+    """What the records of one table share; attacks, certificates, the variance view and diversity have tables of their own."""
     return (record.suite["name"], record.suite["version"], record.suite["budget"], *_kind(record))
 
 
@@ -62,6 +62,8 @@ def _kind(record: Record) -> tuple[str, str, float]:
     if fields.get("kind") == "variance":
         how = f"fixed estimator, n0 = {fields['n0']}, n = {max(fields['n'])}, alpha = {fields['alpha']:g}"
         return "variance view", how, _sigma(record)
+    if fields.get("kind") == "diversity":
+        return "diversity of members", f"h = {fields['h']:g}", 0.0
     if fields.get("kind") == "votes":
         how = f"n0 = {fields['n0']}, n <= {fields['n']}, alpha = {fields['alpha']:g}"
         return "estimators on the same votes", how, _sigma(record)
@@ -137,6 +139,16 @@ def _caption(records: list[Record]) -> str:
             "variance: of the class margin of the first k members' mean logits under noise, as a share of one member's mean",
             "zeta: correlation of the members' margins; fitted: the zeta whose (1 + zeta (k - 1)) / k is closest",
             "ACR: average certified radius of the first k members",
+        ]
+    if kind == "diversity of members":
+        sentences += [
+            "means over images as they are",
+            "cosine: of the input gradients of two members' cross-entropy, mean over pairs; coherence: largest over pairs",
+            "SMD: ln of the sum over pairs of exp(cosine of the gradients of the true class's logit)",
+            "ln ED: log-determinant of the members' normalised probabilities of the wrong classes",
+            "errors: correlation of two members' errors over images, mean over pairs",
+            "gradient: l2 norm of the input gradient of cross-entropy, mean over members",
+            f"curvature: squared change of that gradient over a step h along its signs, over h^2, mean over members; l2, {how}",
         ]
     sentences += [text for word, text in columns.MEANING.items() if any(m.metric == word for r in records for m in r.metrics)]
     return "; ".join(sentences) + "."

@@ -1,8 +1,8 @@
 """Adaptive diversity promoting (Pang et al., ICML 2019): the members' wrong-class probabilities point in different directions.
 
-Differences from the released code: logarithms of confident members are finite (log-space probabilities, a guard of 1e-12 in the
-normalisation), the determinant is taken in float64, nothing is selected on test images. The class that is left out of a
-member's probabilities is the true one, not its largest.
+Differences from the released code: probabilities and the determinant are float64, with a guard of 1e-12 in the normalisation,
+so that confident members give no NaN; nothing is selected on test images. The class that is left out of a member's
+probabilities is the true one, not its largest.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class AdaptiveDiversity:
 
     def __call__(self, net: Ensemble, batch: Batch, needs: Sequence[Network]) -> dict[str, Tensor]:
         logits = net.member_logits(batch.x)
-        p = logits.softmax(-1)
+        p = logits.double().softmax(-1)
         return {
             "ce": cross_entropies(list(logits), batch.y, batch.label_smoothing).sum(),
             "entropy": -self.alpha * entropy(p.mean(0)).mean(),

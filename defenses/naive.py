@@ -32,6 +32,10 @@ class Naive(Defense):
 
     members: int = 3
 
+    def __post_init__(self) -> None:
+        if self.members < 1:
+            raise ValueError(f"members: at least 1, got {self.members}")
+
     def build(self, task: Task) -> Ensemble:
         return Ensemble([network(task) for _ in range(self.members)], Mean()).to(task.device).eval()
 

@@ -122,17 +122,23 @@ def train(net: Classifier, task: Task, part: Trained, needs: Sequence[Network], 
         gens = part.generators(epoch, task.device)
         with _dropout_from(gens[0], net):
             facts = _epoch(net, task.train, optimizer, part, needs, gens, epoch)
+        _check_finite(facts, part, epoch)
         facts |= part.checks(net, task)
-        broken = [name for name, value in facts.items() if not math.isfinite(value)]
-        if broken:
-            raise TrainingDiverged(
-                f"{part.role} {part.member} (seed {part.seed}): {', '.join(broken)} is not finite in epoch {epoch + 1} of "
-                f"{recipe.epochs} at learning rate {recipe.rate(epoch):g}; lower recipe.lr or the defense's loss weights"
-            )
+        _check_finite(facts, part, epoch)
         log.append({"epoch": epoch + 1, "lr": recipe.rate(epoch), **facts, "seconds": time.perf_counter() - began})
         workshop.save(_checkpoint(net, optimizer), {"log": log})
         workshop.report(epoch + 1, recipe.epochs, log[-1])
     net.eval()
+
+
+def _check_finite(facts: dict[str, float], part: Trained, epoch: int) -> None:
+    """Refuse to go on with numbers that are none."""
+    broken = [name for name, value in facts.items() if not math.isfinite(value)]
+    if broken:
+        raise TrainingDiverged(
+            f"{part.role} {part.member} (seed {part.seed}): {', '.join(broken)} is not finite in epoch {epoch + 1} of "
+            f"{part.recipe.epochs} at learning rate {part.recipe.rate(epoch):g}; lower recipe.lr or the defense's loss weights"
+        )
 
 
 def accuracy(net: nn.Module, images: Images, batch: int = 500) -> float:

@@ -8,18 +8,20 @@ from bench.evals.api import Outcome, Piece, Skipped, Subject
 from bench.evals.certified import Certified
 from bench.evals.challenge import Challenge
 from bench.evals.clean import Clean
+from bench.evals.diversity import Diversity
 from bench.evals.robust import Robust
 from bench.evals.variance import Variance
 from bench.evals.votes import Votes
 
-Evaluation = Annotated[Clean | Robust | Certified | Challenge | Variance | Votes, Field(discriminator="kind")]
-KINDS = ("clean", "robust", "certified", "challenge", "variance", "votes")
+Evaluation = Annotated[Clean | Robust | Certified | Challenge | Variance | Diversity | Votes, Field(discriminator="kind")]
+KINDS = ("clean", "robust", "certified", "challenge", "variance", "diversity", "votes")
 
 __all__ = [
     "KINDS",
     "Certified",
     "Challenge",
     "Clean",
+    "Diversity",
     "Evaluation",
     "Outcome",
     "Piece",

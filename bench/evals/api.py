@@ -127,3 +127,10 @@ def share(name: str, hits: pd.Series | np.ndarray, **facts: Any) -> Metric:
     hits = np.asarray(hits, bool)
     low, high = metrics.wilson(int(hits.sum()), len(hits))
     return Metric(metric=name, value=float(hits.mean()), n=len(hits), lower=low, upper=high, **facts)
+
+
+def mean_of(name: str, values: pd.Series | np.ndarray, **facts: Any) -> Metric:
+    """A mean over images with its bootstrap interval."""
+    values = np.asarray(values, float)
+    low, high = metrics.bootstrap_mean(values)
+    return Metric(metric=name, value=float(values.mean()), n=len(values), lower=low, upper=high, **facts)

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from attacks import Streams
 from bench import metrics
-from bench.evals.api import Outcome, Piece, Skipped, Smoothing, Subject, share
+from bench.evals.api import Outcome, Piece, Skipped, Smoothing, Subject, mean_of, share
 from bench.store import Metric
 from defenses.api import Images
 from defenses.bounds import lower, radius
@@ -79,12 +79,12 @@ class Variance(Smoothing):
         numbers, ratios = [], []
         for k in range(1, len(subject.model.members) + 1):
             part = last[last.members == k]
-            numbers.append(_mean("margin_variance_ratio", part.variance / part.single_variance, unit="ratio", members=k))
+            numbers.append(mean_of("margin_variance_ratio", part.variance / part.single_variance, unit="ratio", members=k))
             ratios.append(numbers[-1].value)
         fitted = metrics.fit_correlation(ratios)
         numbers.append(Metric(metric="margin_correlation_fitted", value=fitted, n=self.images, unit="correlation"))
         one = last[last.members == 1]
-        numbers.append(_mean("margin_correlation", one.covariance / one.single_variance, unit="correlation"))
+        numbers.append(mean_of("margin_correlation", one.covariance / one.single_variance, unit="correlation"))
         for k in range(1, len(subject.model.members) + 1):
             for n in self.n:
                 numbers += self._certificates(rows[(rows.members == k) & (rows.n == n)], self.noise(subject), k, n)
@@ -95,15 +95,8 @@ class Variance(Smoothing):
         bound = lower(part["count"], n, self.alpha)
         certified = (bound >= 0.5) & (part.prediction == part.label).to_numpy()
         radii = np.where(certified, radius(np.maximum(bound, 0.5), sigma), 0.0)
-        found = [_mean("acr", radii, unit="l2", members=k, draws=n)]
+        found = [mean_of("acr", radii, unit="l2", members=k, draws=n)]
         for at in self.at:
             hits = certified & (radii >= at * sigma)
             found.append(share("certified_accuracy", hits, radius=at * sigma, members=k, draws=n))
         return found
-
-
-def _mean(name: str, values: pd.Series | np.ndarray, **facts: Any) -> Metric:
-    """A mean over images with its bootstrap interval."""
-    values = np.asarray(values, float)
-    low, high = metrics.bootstrap_mean(values)
-    return Metric(metric=name, value=float(values.mean()), n=len(values), lower=low, upper=high, **facts)
