@@ -16,9 +16,12 @@ def certificate(record: Record) -> str:
     return f"{fields['estimator']} estimator, n0 = {fields['n0']}, n <= {fields['n']}, alpha = {fields['alpha']:g}{numerics}"
 
 
+_ORDER = ("clean", "robust", "certified", "challenge", "variance", "diversity", "votes")
+
+
 def _rank(record: Record) -> int:
-    order = {"clean": 0, "robust": 1, "certified": 2, "challenge": 2, "variance": 3, "diversity": 4, "votes": 5}
-    return order.get(record.eval["fields"].get("kind", ""), 6)
+    kind = record.eval["fields"].get("kind", "")
+    return _ORDER.index(kind) if kind in _ORDER else len(_ORDER)
 
 
 def key(record: Record, metric: Metric) -> tuple[Any, ...]:
@@ -33,7 +36,8 @@ def key(record: Record, metric: Metric) -> tuple[Any, ...]:
     if metric.metric == "certified_accuracy":
         return (rank, name, "CA", metric.radius)
     if certificate(record) and metric.metric in _CERTIFIED:
-        return (rank, name, _CERTIFIED[metric.metric], _at(metric))
+        own = "" if metric.metric == "certificates_beaten" else name
+        return (rank, own, _CERTIFIED[metric.metric], _at(metric))
     return ()
 
 

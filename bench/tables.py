@@ -88,7 +88,8 @@ def _table(records: list[Record]) -> Table:
     rows: dict[str, dict[str, Cell]] = {}
     order: dict[tuple[Any, ...], str] = {}
     unfinished: dict[str, list[Record]] = {}
-    several = len({record.eval["name"] for record in records}) > 1
+    # A challenge has one column of its own; it makes no other ambiguous.
+    several = len({record.eval["name"] for record in records if record.eval["fields"].get("kind") != "challenge"}) > 1
     for record in records:
         variant = record.defense["variant"]
         if not record.metrics:
