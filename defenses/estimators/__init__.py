@@ -7,19 +7,19 @@ large with probability at most alpha. Pure numpy; the same object serves certifi
 from defenses.estimators.api import FUTILITY, Estimator, Question, Tally
 from defenses.estimators.fixed import Fixed, Phases, Randomised
 from defenses.estimators.replay import replay
-from defenses.estimators.sequential import DENSE, LOOKS, Betting, GroupSequential, Sequential, UnionBound
+from defenses.estimators.sequential import LOOKS, Betting, GroupSequential, OneRadius, Sequential, UnionBound
 
 ESTIMATORS: dict[str, Estimator] = {
     "fixed": Fixed(),
     "randomised": Randomised(),
     "grid": GroupSequential(),
-    "group_sequential": GroupSequential(preset=True, interim=0.5, times=DENSE),
+    "group_sequential": OneRadius(preset=True),
     "union_bound": UnionBound(preset=True),
     "betting": Betting(preset=True),
     "anytime": Betting(),
     "phases": Phases(),
 }
-"""By name. "grid" decides all radii in one run, "group_sequential" is the rule for one; "anytime" gives whole radii."""
+"""By name. "grid" decides all radii in one run, "group_sequential" decides one; "anytime" gives whole radii."""
 
 WHOLE = ("fixed", "randomised", "anytime")
 """Estimators that give whole radii, of which there is an average, rather than members of a grid."""
@@ -31,6 +31,6 @@ def grid_up_to(step: float, top: float) -> tuple[float, ...]:
 
 
 __all__ = [
-    "DENSE", "ESTIMATORS", "FUTILITY", "LOOKS", "WHOLE", "Betting", "Estimator", "Fixed", "GroupSequential", "Phases",
+    "ESTIMATORS", "FUTILITY", "LOOKS", "WHOLE", "Betting", "Estimator", "Fixed", "GroupSequential", "OneRadius", "Phases",
     "Question", "Randomised", "Sequential", "Tally", "UnionBound", "grid_up_to", "replay",
 ]  # fmt: skip

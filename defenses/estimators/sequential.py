@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
-from defenses.bounds import Bools, Floats, anytime_lower, anytime_upper, lower, upper
+from defenses.bounds import Bools, Floats, anytime_lower, anytime_upper, ceiling, lower, upper
 from defenses.estimators.api import FUTILITY, Estimator, Question, Tally, largest, proven
 
 
@@ -70,26 +71,12 @@ LOOKS = (
 )  # fmt: skip
 
 
-DENSE = tuple(sorted({round(1.25**step) * 100 for step in range(42)}))
-"""100, ..., 941,000 draws, each 1.25 times the last, in whole hundreds."""
-
-
 class GroupSequential(Sequential):
-    """Clopper-Pearson at looks at cumulative counts (methods 7.5 f).
+    """Clopper-Pearson at up to 18 looks at cumulative counts (methods 7.5 f).
 
-    Proof: interim looks share a part of alpha equally, the last has the rest; by the union bound all hold together with
-    probability 1 - alpha.
-
-    Attributes:
-        interim: the part of alpha that interim looks share. For a grid, 0.1 leaves the last look nearly the power of fixed n;
-            for one radius, most images are decided long before, and 0.5 saves draws (0.002 of accuracy at most).
-        times: at which cumulative draws it looks, where these are below n.
+    Proof: interim looks share 0.1 alpha equally, the last has 0.9 alpha; by the union bound all hold together with probability
+    1 - alpha.
     """
-
-    def __init__(self, preset: bool = False, interim: float = 0.1, times: Sequence[int] = LOOKS) -> None:
-        super().__init__(preset)
-        self.interim = interim
-        self.times = times
 
     def check(self, question: Question) -> None:
         super().check(question)
@@ -97,14 +84,14 @@ class GroupSequential(Sequential):
             raise ValueError("the grid estimator needs radii")
 
     def looks(self, question: Question) -> Sequence[int]:
-        return [*(t for t in self.times if t < question.n), question.n]
+        return [*(t for t in LOOKS if t < question.n), question.n]
 
     def levels(self, question: Question) -> Floats:
         """Error probability of each look; they sum to alpha."""
         interim = len(self.looks(question)) - 1
         if not interim:
             return np.array([question.alpha])
-        return np.array([self.interim * question.alpha / interim] * interim + [(1 - self.interim) * question.alpha])
+        return np.array([0.1 * question.alpha / interim] * interim + [0.9 * question.alpha])
 
     def lower(self, question: Question, index: int, count: Floats) -> Floats:
         return lower(count, self.looks(question)[index], self.levels(question)[index])
@@ -112,6 +99,54 @@ class GroupSequential(Sequential):
     def upper(self, question: Question, index: int, count: Floats) -> Floats:
         looks = self.looks(question)
         return upper(count, looks[index], FUTILITY / (len(looks) - 1))
+
+
+class OneRadius(GroupSequential):
+    """The same for one radius, whose looks lie where they can decide.
+
+    Votes that all agree prove the radius at some number of draws and not before: there is the first look that may certify, and
+    further ones each 1.15 times as late. Before it only futility is looked for, which takes nothing from alpha.
+
+    Proof: looks and levels follow from the question alone; 0.3 alpha for the first, 0.4 alpha shared equally by those after it,
+    0.3 alpha for n. They sum to alpha, so by the union bound all hold together with probability 1 - alpha.
+    """
+
+    def looks(self, question: Question) -> Sequence[int]:
+        return _plan(question)[0]
+
+    def levels(self, question: Question) -> Floats:
+        return _plan(question)[1]
+
+    def ceiling(self, question: Question, chance: float = 1.0) -> float:
+        # Asked for so large a radius that only n draws can prove it, the last look has all of alpha.
+        return ceiling(question.sigma, question.n, question.alpha)
+
+    def lower(self, question: Question, index: int, count: Floats) -> Floats:
+        return super().lower(question, index, count) if self.levels(question)[index] else np.zeros(len(count))
+
+
+EARLY = tuple(sorted({round(1.25**step) * 100 for step in range(42)}))
+"""Looks for futility: 100, ..., 941,000 draws, each 1.25 times the last, in whole hundreds."""
+
+
+@lru_cache(maxsize=256)
+def _plan(question: Question) -> tuple[list[int], Floats]:
+    """Looks of :class:`OneRadius`, and their levels."""
+    alpha, n = question.alpha, question.n
+    with np.errstate(divide="ignore"):
+        unanimous = np.log(0.3 * alpha) / np.log(question.wanted[0])  # draws at which all agreeing prove the radius
+    times, t = [], max(100.0, 100 * np.ceil(unanimous / 100))
+    early = [time for time in EARLY if time < min(t, n)]
+    while t < n:
+        times.append(-(-int(t) // 100) * 100)
+        t *= 1.15
+    times = sorted({time for time in times if time < n})
+    if not times:
+        return [*early, n], np.array([0.0] * len(early) + [alpha])
+    after = len(times) - 1
+    shares = [0.3, *[0.4 / max(after, 1)] * after, 0.3]
+    shares[-1] = 1 - sum(shares[:-1])  # all of alpha is spent, however few looks there are
+    return [*early, *times, n], alpha * np.array([0.0] * len(early) + shares)
 
 
 class UnionBound(Sequential):
