@@ -117,13 +117,13 @@ def list_(
     from bench import tables
     from bench.data import DATASETS
     from bench.registry import registered
-    from bench.suites import available, unknown
+    from bench.suites import available, load_suite, unknown
 
     warnings: list[str] = []
     kinds = {
         "defenses": lambda: {name: _first_line(defense) for name, (defense, _) in registered(warnings).items()},
         "attacks": lambda: {name: _first_line(attack) for name, attack in ATTACKS.items()},
-        "suites": lambda: {name: _description(name) for name in available()},
+        "suites": lambda: {name: load_suite(name).description for name in available()},
         "tables": lambda: {"summary": f"every number of a suite; formats {', '.join(tables.FORMATS)}"},
         "datasets": lambda: {name: f"{facts.classes} classes, {facts.shape}" for name, facts in DATASETS.items()},
     }
@@ -139,12 +139,6 @@ def list_(
 
 def _first_line(thing: object) -> str:
     return (thing.__doc__ or "").strip().splitlines()[0]
-
-
-def _description(suite: str) -> str:
-    from bench.suites import load_suite
-
-    return load_suite(suite).description
 
 
 @app.command()

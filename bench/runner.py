@@ -15,15 +15,16 @@ from typing import Any
 import pandas as pd
 import torch
 
-from bench import data, environment
+from bench import environment
 from bench.evals import Evaluation, Skipped, Subject
 from bench.jobs import Fitted, Job, Ready, together, weights_hash
 from bench.partial import StoreError, differences
 from bench.progress import Progress
 from bench.registry import Variant, registered, resolve
 from bench.store import Finding, Record, Store
-from bench.suites import Suite, SuiteError, load_suite, unknown
-from defenses.api import Classifier, Images, Task
+from bench.suites import SuiteError, load_suite, unknown
+from bench.tasks import prepare
+from defenses.api import Classifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,40 +260,6 @@ class Run:
         """Whether a piece of work belongs to this shard."""
         place, shards = self.request.shard
         return number % shards == place - 1
-
-
-def prepare(suite: Suite, device: str, folder: Path | None) -> tuple[Task, Images]:
-    """The task of a suite, and its test images, on a device.
-
-    Raises:
-        bench.data.DataError: if the data set is absent or damaged.
-        SuiteError: if the suite asks for more images than there are.
-    """
-    facts = suite.facts
-    train, validation = data.hold_out(data.load(suite.dataset, "train", data=folder, device=device), suite.validation_images)
-    test = data.load(suite.dataset, "test", data=folder, device=device)
-    wanted = max(evaluation.images for evaluation in suite.evals.values())
-    if wanted > len(test) or (suite.train_images or 0) > len(train):
-        raise SuiteError(
-            f"{suite.name}: asks for {wanted} test and {suite.train_images or 'all'} training images; "
-            f"{suite.dataset} has {len(test)} and {len(train)} (after {len(validation)} for validation)"
-        )
-    if suite.train_images:
-        train = train.first(suite.train_images)
-    roles = {role: suite.training(role) for role in suite.roles}
-    task = Task(
-        dataset=suite.dataset,
-        train=train,
-        validation=validation,
-        classes=facts.classes,
-        mean=facts.mean,
-        std=facts.std,
-        architecture=suite.architecture,
-        recipe=suite.training(),
-        roles=roles,
-        test=test if suite.unsound else None,
-    )
-    return task, test.first(wanted)
 
 
 def _numerics(evaluation: Evaluation) -> dict[str, Any]:

@@ -255,12 +255,10 @@ class Defense(ABC):
     """A way to obtain a classifier; fields are its hyper-parameters, with units in their documentation.
 
     An instance at the top level of a module registers itself under its variable's name. A file a user hands in needs no more.
-
-    Attributes:
-        unsound: why numbers of this defense must not be trusted, if they exist for comparison only; a finding in every record.
     """
 
     unsound: ClassVar[str] = ""
+    """Why its numbers must not be trusted, if they exist for comparison only; a finding in every record."""
 
     @abstractmethod
     def build(self, task: Task) -> Classifier:

@@ -21,8 +21,9 @@ from bench import metrics
 from bench.parts import PartStore
 from bench.progress import Progress
 from bench.registry import resolve
-from bench.runner import Request, Run, prepare
+from bench.runner import Request, Run
 from bench.suites import load_suite
+from bench.tasks import prepare
 from defenses.api import Classifier, Images, Recipe, Task
 from defenses.bounds import lower
 from defenses.cear import cear_gm, cear_minus_gm, cear_minus_rw, cear_rw
