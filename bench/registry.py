@@ -29,7 +29,7 @@ class Variant:
 
     Attributes:
         name: registered name.
-        label: name and the fields that differ from the registered instance, e.g. "cear_rw@sigma=0.5".
+        label: name, modifiers, and the fields that differ from the registered instance, e.g. "cear_rw@sigma=0.5", "smd+eat".
         defense: the instance.
         module: where it is defined.
     """
@@ -93,10 +93,11 @@ def from_file(path: Path) -> dict[str, tuple[Defense, str]]:
 
 
 def resolve(spec: str, sweep: dict[str, tuple[float, ...]], every: Sequence[str] | None = None) -> list[Variant]:
-    """Variants for what a user typed: "a,b", "all", "name@field=value,...", "./mine.py" or "./mine.py:name".
+    """Variants for what a user typed: "a,b", "all", "name+modifier@field=value,...", "./mine.py" or "./mine.py:name".
 
     Args:
-        spec: names separated by commas; a comma followed by field=value continues a variant; "+" joins several values.
+        spec: names separated by commas; a comma followed by field=value continues a variant; "+" joins several values. A
+            modifier is a field of the defense that is set to true; "all+modifier" is all that have it.
         sweep: fields to run through for defenses that have them, unless the variant fixes them.
         every: what "all" stands for; every registered name by default.
 
@@ -122,7 +123,10 @@ def resolve(spec: str, sweep: dict[str, tuple[float, ...]], every: Sequence[str]
 def _named(item: str, every: Sequence[str] | None) -> list[tuple[str, dict[str, str], tuple[Defense, str]]]:
     """(name, fixed fields, (instance, module)) for one item."""
     head, _, tail = item.partition("@")
-    fixed = {}
+    parsed = re.fullmatch(r"(.*?\.py(?::\w*)?|[^+]*)((?:\+[^+]*)*)", head)
+    assert parsed, "the first group takes whatever the second does not"
+    head, added = parsed[1], parsed[2].split("+")[1:]
+    fixed = dict.fromkeys(added, "true")
     for pair in filter(None, tail.split(",")):
         field, equals, value = pair.partition("=")
         if not equals:
@@ -138,7 +142,17 @@ def _named(item: str, every: Sequence[str] | None) -> list[tuple[str, dict[str, 
     for name in names:
         if name not in found:
             raise RegistryError(f"defense: {unknown(name, found)}")
+    if head == "all":
+        names = [name for name in names if set(added) <= set(modifiers(found[name][0]))]
+    for name, modifier in ((name, modifier) for name in names for modifier in added):
+        if modifier not in (known := modifiers(found[name][0])):
+            raise RegistryError(f"{name} has no modifier {modifier!r}; it has {', '.join(known) or 'none'}")
     return [(name, fixed, found[name]) for name in names]
+
+
+def modifiers(defense: Defense) -> list[str]:
+    """What may follow the name of a defense after a "+"."""
+    return [field.name for field in fields(defense) if field.metadata.get("modifier")]
 
 
 def _changes(name: str, defense: Defense, fixed: dict[str, str]) -> dict[str, Any]:
@@ -173,5 +187,7 @@ def _variant(name: str, defense: Defense, changes: dict[str, Any], module: str) 
     except ValueError as error:
         raise RegistryError(f"{name}: {error}") from error
     texts = {field: "+".join(map(str, value)) if isinstance(value, tuple) else value for field, value in real.items()}
-    label = name + ("@" + ",".join(f"{field}={text}" for field, text in sorted(texts.items())) if texts else "")
+    added = [modifier for modifier in modifiers(changed) if texts.pop(modifier, False)]
+    told = ",".join(f"{field}={text}" for field, text in sorted(texts.items()))
+    label = "+".join([name, *added]) + (f"@{told}" if told else "")
     return Variant(name, label, changed, module)

@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from bench.store import Finding, Record, Store
 from bench.suites import SuiteError, load_suite, unknown
 from bench.tasks import prepare
 from defenses.api import Classifier
+from defenses.recipe import settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,18 +96,17 @@ class Run:
         except Skipped:
             asked = evaluation.model_dump(mode="json")
         images = self.test.first(evaluation.images)
-        given = {f.name: getattr(variant.defense, f.name) for f in fields(variant.defense)}
         return Record(
             status="running",
             suite={"name": self.suite.name, "version": self.suite.version, "budget": self.suite.budget},
-            defense={"name": variant.name, "variant": variant.label, "fields": _json(given)},
+            defense={"name": variant.name, "variant": variant.label, "fields": _json(settings(variant.defense))},
             eval={"name": name, "fields": asked},
             seed=seed,
             task={
                 "dataset": self.suite.dataset,
                 "architecture": self.task.architecture,
-                "recipe": _json(asdict(self.task.recipe)),
-                **({"roles": {role: _json(asdict(own)) for role, own in self.task.roles.items()}} if self.task.roles else {}),
+                "recipe": _json(settings(self.task.recipe)),
+                **({"roles": {role: _json(settings(own)) for role, own in self.task.roles.items()}} if self.task.roles else {}),
                 "train_images": len(self.task.train),
                 "validation_images": len(self.task.validation),
             },

@@ -13,15 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from defenses.api import Task
+from defenses.api import Classifier, Task
 from defenses.ensemble import Ensemble
-from defenses.joint import TrainedTogether, cross_entropies
-from defenses.nets import Network
+from defenses.joint import EnsembleLoss, TrainedTogether, cross_entropies
 from defenses.training import Batch
 
 
 @dataclass(frozen=True)
-class AdaptiveDiversity:
+class AdaptiveDiversity(EnsembleLoss):
     """sum_m CE_m - alpha H(mean p) - beta ln det(W^T W + 1e-6 I), means over the batch.
 
     Attributes:
@@ -32,7 +31,7 @@ class AdaptiveDiversity:
     alpha: float
     beta: float
 
-    def __call__(self, net: Ensemble, batch: Batch, needs: Sequence[Network]) -> dict[str, Tensor]:
+    def __call__(self, net: Ensemble, batch: Batch, needs: Sequence[Classifier]) -> dict[str, Tensor]:
         logits = net.member_logits(batch.x)
         p = logits.double().softmax(-1)
         return {
@@ -40,6 +39,9 @@ class AdaptiveDiversity:
             "entropy": -self.alpha * entropy(p.mean(0)).mean(),
             "diversity": -self.beta * log_diversity(p, batch.y).mean(),
         }
+
+    def errors(self, net: Ensemble, x: Tensor, batch: Batch) -> Tensor:
+        return cross_entropies(list(net.member_logits(x)), batch.y, batch.label_smoothing).sum()
 
 
 def entropy(p: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.oracle import ContractError
+from defenses.recipe import Recipe, settings
 
 Weights = dict[str, Tensor]
 """What a part is: named tensors, a network's state or a few numbers."""
@@ -107,37 +108,6 @@ class Images:
         return Images(self.pixels.to(device), self.labels.to(device), self.ids.to(device), self.source)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How networks are trained, whatever the defense.
-
-    Attributes:
-        epochs, batch: passes over the training images, images per step.
-        optimizer: "sgd" or "adam".
-        lr, momentum, nesterov, weight_decay: the optimiser's own.
-        decay_at: shares of the epochs after which the rate is multiplied by ``decay``; shares, so that a shorter budget
-            keeps the schedule's shape.
-        augment: "none" or "crop_flip" (pad by 4, random crop, horizontal flip).
-        label_smoothing: share of the target that cross-entropy on hard labels spreads evenly over all classes.
-    """
-
-    epochs: int
-    batch: int = 128
-    optimizer: str = "sgd"
-    lr: float = 0.1
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 1e-4
-    decay_at: tuple[float, ...] = ()
-    decay: float = 0.1
-    augment: str = "none"
-    label_smoothing: float = 0.0
-
-    def rate(self, epoch: int) -> float:
-        """Learning rate of an epoch, counted from 0."""
-        return self.lr * self.decay ** sum(epoch >= round(share * self.epochs) for share in self.decay_at)
-
-
 @dataclass(frozen=True)
 class Task:
     """What a defense is fitted to: data, normalisation, network and recipe. The suite and its budget decide them.
@@ -222,7 +192,7 @@ class Part(ABC):
 
     def identity(self, task: Task) -> dict[str, Any]:
         """Everything that decides the result, as JSON data; its hash is the part's key."""
-        own = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "needs"}
+        own = {name: _plain(value) for name, value in settings(self).items() if name != "needs"}
         return {
             "kind": type(self).__name__,
             "version": self.version,
@@ -239,7 +209,7 @@ class Part(ABC):
 
 def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
-        return {"kind": type(value).__name__, **asdict(value)}
+        return {"kind": type(value).__name__, **{name: _plain(own) for name, own in settings(value).items()}}
     return list(value) if isinstance(value, tuple) else value
 
 

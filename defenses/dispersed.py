@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +20,13 @@ from torch import Tensor, nn
 from defenses.api import Classifier, Task
 from defenses.ensemble import Ensemble
 from defenses.foreign import TORCHVISION
-from defenses.joint import TrainedTogether, cross_entropies, pair_cosines
+from defenses.joint import EnsembleLoss, TrainedTogether, cross_entropies, gradients, pair_cosines
 from defenses.nets import Network
 from defenses.training import Batch
 
 
 @dataclass(frozen=True)
-class DispersedGradients:
+class DispersedGradients(EnsembleLoss):
     """alpha mean_m CE_m + beta sum_{a<b} cos(J_a, J_b), J the input gradient of a member's cross-entropy; means over the batch.
 
     Cross-entropies and gradients come from one forward pass in training mode, and so from the same masks.
@@ -40,26 +41,30 @@ class DispersedGradients:
     beta: float
     bins: int = 0
 
-    def __call__(self, net: Ensemble, batch: Batch, needs: Sequence[Network]) -> dict[str, Tensor]:
-        # A leaf for every member, as in `joint.input_gradients`, which asks one member after the other: here the masks of one
-        # depend on the features of all.
+    def __call__(self, net: Ensemble, batch: Batch, needs: Sequence[Classifier]) -> dict[str, Tensor]:
+        # Not `joint.input_gradients`, where members are asked one by one: here a mask depends on the features of all.
         leaves = [batch.x.clone().requires_grad_(self.beta != 0) for _ in net.members]
-        if self.bins:
-            logits = diversified(net.members, leaves, self.bins, batch.gen)
-        else:
-            logits = [member(leaf) for member, leaf in zip(net.members, leaves, strict=True)]
+        logits = self.logits(net.members, leaves, batch.gen)
         parts = {"ce": self.alpha * cross_entropies(logits, batch.y, batch.label_smoothing).mean()}
         if self.beta:
-            total = torch.stack([F.cross_entropy(own, batch.y, reduction="sum") for own in logits]).sum()
-            found = torch.autograd.grad(total, leaves, create_graph=True)
-            gradients = torch.stack([gradient.flatten(1) for gradient in found])
-            parts["cosines"] = self.beta * dispersion(gradients).mean()
+            ways = gradients(logits, leaves, partial(F.cross_entropy, target=batch.y, reduction="none"))
+            parts["cosines"] = self.beta * dispersion(ways).mean()
         return parts
 
+    def errors(self, net: Ensemble, x: Tensor, batch: Batch) -> Tensor:
+        logits = self.logits(net.members, [x] * len(net.members), batch.gen)
+        return self.alpha * cross_entropies(logits, batch.y, batch.label_smoothing).mean()
 
-def dispersion(gradients: Tensor) -> Tensor:
+    def logits(self, members: Sequence[Classifier], images: Sequence[Tensor], gen: torch.Generator) -> list[Tensor]:
+        """Logits (n k) of every member for its own images (n c h w), under masks if there are any."""
+        if self.bins:
+            return diversified(members, images, self.bins, gen)
+        return [member(x) for member, x in zip(members, images, strict=True)]
+
+
+def dispersion(ways: Tensor) -> Tensor:
     """Sum over pairs of the cosine: gradients (m n d) -> (n)."""
-    return pair_cosines(gradients).sum(0)
+    return pair_cosines(ways).sum(0)
 
 
 def diversified(members: Sequence[Classifier], images: Sequence[Tensor], bins: int, gen: torch.Generator) -> list[Tensor]:

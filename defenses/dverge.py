@@ -23,8 +23,7 @@ from attacks.streams import generator
 from defenses.api import Classifier, Task
 from defenses.ensemble import Ensemble
 from defenses.features import features, layers
-from defenses.joint import Together, TrainedTogether, cross_entropies
-from defenses.naive import plain
+from defenses.joint import EnsembleLoss, Together, TrainedTogether, cross_entropies, plain
 from defenses.nets import ARCHITECTURES, Network
 from defenses.smd import SaliencyDiversity, check_saliency
 from defenses.training import Batch
@@ -78,7 +77,7 @@ def distil(feature: Callable[[Tensor], Tensor], x: Tensor, target: Tensor, eps: 
 
 
 @dataclass(frozen=True)
-class VulnerabilityDiversity:
+class VulnerabilityDiversity(EnsembleLoss):
     """sum_i sum_{j != i} CE(f_i(x'_j), y): x'_j looks like x, but member j sees another image in it.
 
     Attributes:
@@ -93,8 +92,11 @@ class VulnerabilityDiversity:
     craft_bn: str = "eval"
     seed: int = 0
 
-    def __call__(self, net: Ensemble, batch: Batch, needs: Sequence[Network]) -> dict[str, Tensor]:
+    def __call__(self, net: Ensemble, batch: Batch, needs: Sequence[Classifier]) -> dict[str, Tensor]:
         return {"ce": transferred(net.members, self.distilled(net, batch), batch).sum()}
+
+    def errors(self, net: Ensemble, x: Tensor, batch: Batch) -> Tensor:
+        return cross_entropies(list(net.member_logits(x)), batch.y, batch.label_smoothing).sum()
 
     def distilled(self, net: Ensemble, batch: Batch) -> list[Tensor]:
         """For every member the batch's images (n c h w), changed until it sees their partners."""
@@ -135,9 +137,12 @@ class VulnerabilityAndSaliency(VulnerabilityDiversity):
     weight: float = 1.0
     saliency: str = "logit"
 
-    def __call__(self, net: Ensemble, batch: Batch, needs: Sequence[Network]) -> dict[str, Tensor]:
+    def __call__(self, net: Ensemble, batch: Batch, needs: Sequence[Classifier]) -> dict[str, Tensor]:
         ce = super().__call__(net, batch, needs)["ce"] / len(net.members)
         return {"ce": ce, "diversity": SaliencyDiversity(self.weight, self.saliency)(net, batch, needs)["diversity"]}
+
+    def errors(self, net: Ensemble, x: Tensor, batch: Batch) -> Tensor:
+        return super().errors(net, x, batch) / len(net.members)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,9 +179,9 @@ class Dverge(TrainedTogether):
     def loss(self, task: Task) -> VulnerabilityDiversity:
         return VulnerabilityDiversity(self.radius, craft_bn=self.craft_bn)
 
-    def part(self, task: Task, seed: int) -> Together:
+    def draft(self, task: Task, seed: int) -> Together:
         begin = tuple(plain(task, seed, member) for member in range(self.members))
-        return replace(super().part(task, seed), needs=begin, loss=replace(self.loss(task), seed=seed))
+        return replace(super().draft(task, seed), needs=begin, loss=replace(self.loss(task), seed=seed))
 
     def facts(self, model: Classifier) -> dict[str, float]:
         return {"distillation_eps": self.radius}

@@ -9,8 +9,7 @@ et al. 2019), the cross-entropy in train mode.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,16 +19,16 @@ from torch import Tensor, nn
 
 from defenses.api import Classifier, Task
 from defenses.ensemble import Ensemble
-from defenses.joint import TrainedTogether, cross_entropies, input_gradients, pair_cosines
+from defenses.joint import EnsembleLoss, TrainedTogether, cross_entropies, input_gradients, pair_cosines
 from defenses.nets import Network, Normalise
-from defenses.training import Batch
+from defenses.training import Batch, evaluating
 
 Score = Callable[[Tensor], Tensor]
 """Logits (n k) of a member -> its loss of every image (n)."""
 
 
 @dataclass(frozen=True)
-class LocalCurvature:
+class LocalCurvature(EnsembleLoss):
     """sum_m CE_m + alpha sum_m |D_m|^p + beta sum_{i<j} cos(D_i, D_j), means over the batch (eqs. 9, 10).
 
     D_m is the change of member m's input gradient over a step h along its own sign direction, see :func:`changes`.
@@ -48,9 +47,9 @@ class LocalCurvature:
     ramp: int
     norm_power: int
 
-    def __call__(self, net: Ensemble, batch: Batch, needs: Sequence[Network]) -> dict[str, Tensor]:
+    def __call__(self, net: Ensemble, batch: Batch, needs: Sequence[Classifier]) -> dict[str, Tensor]:
         if not self.alpha and not self.beta:
-            return {"ce": cross_entropies(list(net.member_logits(batch.x)), batch.y, batch.label_smoothing).sum()}
+            return {"ce": self.errors(net, batch.x, batch)}
         # In layers without modes one forward pass is both the ordinary one and the regulariser's first.
         shared = all(modeless(member) for member in net.members)
         logits = [] if shared else [member(batch.x) for member in net.members]
@@ -62,6 +61,9 @@ class LocalCurvature:
         if self.beta:
             parts["alignment"] = self.beta * cosines(change).sum(0).mean()
         return parts
+
+    def errors(self, net: Ensemble, x: Tensor, batch: Batch) -> Tensor:
+        return cross_entropies(list(net.member_logits(x)), batch.y, batch.label_smoothing).sum()
 
     def step(self, epoch: int) -> float:
         """Length of the step in an epoch, counted from 0: h / ramp in the first, h from number ``ramp`` on."""
@@ -122,18 +124,6 @@ MODELESS = (
 def modeless(net: nn.Module) -> bool:
     """Whether a network surely does the same in both modes: it has none but known layers, so no BatchNorm and no dropout."""
     return all(type(module) in MODELESS for module in net.modules())
-
-
-@contextmanager
-def evaluating(net: nn.Module) -> Iterator[None]:
-    """Every layer in eval mode meanwhile: running statistics are used and stay. Each layer gets its own mode back."""
-    training = [module for module in net.modules() if module.training]
-    net.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,15 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from defenses.api import Task
+from defenses.api import Classifier, Task
 from defenses.ensemble import Ensemble
-from defenses.joint import TrainedTogether, cross_entropies, input_gradients, pair_cosines
-from defenses.nets import Network
+from defenses.joint import EnsembleLoss, TrainedTogether, cross_entropies, input_gradients, pair_cosines
 from defenses.training import Batch
 
 
 @dataclass(frozen=True)
-class GradientAlignment:
+class GradientAlignment(EnsembleLoss):
     """mean_m CE_m + weight ln sum_{a<b} exp cos(J_a, J_b), J the input gradient of a member's cross-entropy.
 
     Attributes:
@@ -32,7 +31,7 @@ class GradientAlignment:
     weight: float
     noise: float
 
-    def __call__(self, net: Ensemble, batch: Batch, needs: Sequence[Network]) -> dict[str, Tensor]:
+    def __call__(self, net: Ensemble, batch: Batch, needs: Sequence[Classifier]) -> dict[str, Tensor]:
         x = batch.x
         if self.noise:
             noisy = torch.rand((), generator=batch.gen, device=x.device) < 0.5

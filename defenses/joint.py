@@ -6,9 +6,9 @@ backward pass (methods 4).
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,12 +19,44 @@ from attacks import Pgd, Streams
 from attacks.streams import generator
 from defenses.api import Classifier, Defense, Parts, Task, Weights, Workshop
 from defenses.combine import Mean
+from defenses.eat import EPS, EnsembleAdversarial
 from defenses.ensemble import Ensemble
 from defenses.nets import leaky, network
-from defenses.training import Trained, train
+from defenses.recipe import LATER, MODIFIER
+from defenses.training import Batch, Trained, train
 
 QUICK = {1: 0.1, 3: 2 / 255}
 """Radius in l_inf, by channels, of the quick look at robustness after every epoch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain(Trained):
+    """A member that sees the images in the order in which all members do."""
+
+    @property
+    def order(self) -> tuple[str, int]:
+        return self.role, 0
+
+
+def plain(task: Task, seed: int, member: int, role: str = "plain") -> Plain:
+    """Member number ``member`` of the naive ensemble; another role makes another ensemble by the same recipe."""
+    recipe = task.recipe_for("plain")
+    return Plain(role=role, seed=seed, member=member, architecture=task.architecture, recipe=recipe)
+
+
+class EnsembleLoss(ABC):
+    """What members are trained for together; a frozen dataclass whose fields are the method's hyper-parameters.
+
+    The part of it that is the members' cross-entropy is called "ce".
+    """
+
+    @abstractmethod
+    def __call__(self, net: Any, batch: Batch, needs: Sequence[Classifier]) -> dict[str, Tensor]:
+        """Named scalars whose sum is minimised."""
+
+    def errors(self, net: Any, x: Tensor, batch: Batch) -> Tensor:
+        """What "ce" is for other images x (n c h w) of the batch's labels: the mean over members, unless a method says else."""
+        return cross_entropies(list(net.member_logits(x)), batch.y, batch.label_smoothing).mean()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +69,13 @@ class Together(Trained):
     Attributes:
         members: how many.
         slope: of leaky ReLUs instead of ReLUs; 0 for ReLUs.
-        needs: finished members to begin with (their number must be ``members``), or none.
+        sources: how many finished ensembles the loss is given.
+        needs: finished members to begin with (``members``, or none), then those of the sources, one ensemble after the other.
     """
 
     members: int
     slope: float = 0.0
+    sources: int = 0
 
     @property
     def order(self) -> tuple[str, int]:
@@ -65,9 +99,15 @@ class Together(Trained):
 
     def make(self, task: Task, needs: Sequence[Weights], workshop: Workshop) -> Weights:
         ensemble = assembled(task, self.members, self.slope, self.seed, self.architecture)
-        for net, weights in zip(ensemble.members, needs, strict=bool(needs)):
+        begin, held_out = needs[: len(needs) - self.sources * self.members], needs[len(needs) - self.sources * self.members :]
+        for net, weights in zip(ensemble.members, begin, strict=bool(begin)):
             net.load_state_dict(weights)
-        train(ensemble, task, self, [], workshop)
+        sources = [assembled(task, self.members, 0.0, self.seed, self.architecture) for _ in range(self.sources)]
+        for net, weights in zip([net for source in sources for net in source.members], held_out, strict=True):
+            net.load_state_dict(weights)
+        for source in sources:
+            source.requires_grad_(False)
+        train(ensemble, task, self, sources, workshop)
         return ensemble.state_dict()
 
 
@@ -85,13 +125,26 @@ class TrainedTogether(Defense):
 
     Attributes:
         members: number of networks.
+        eat: ensemble adversarial training on top, see :mod:`defenses.eat`.
+        eat_eps: its radius in l_inf, in pixels; 0 means that of :data:`defenses.eat.EPS`.
+        eat_steps, eat_sources: its steps of PGD, and how many held-out ensembles it attacks.
     """
 
     members: int = 3
+    eat: bool = field(default=False, metadata=MODIFIER)
+    eat_eps: float = field(default=0.0, metadata=LATER)
+    eat_steps: int = field(default=10, metadata=LATER)
+    eat_sources: int = field(default=3, metadata=LATER)
 
     def __post_init__(self) -> None:
         if self.members < 1:
             raise ValueError(f"members: at least 1, got {self.members}")
+        if not self.eat and (self.eat_eps, self.eat_steps, self.eat_sources) != (0.0, 10, 3):
+            raise ValueError("eat_eps, eat_steps and eat_sources belong to the modifier: write NAME+eat@eat_eps=...")
+        if not 0 <= self.eat_eps <= 1:
+            raise ValueError(f"eat_eps: a radius in pixels up to 1, or 0 for the usual one, got {self.eat_eps}")
+        if self.eat_steps < 1 or self.eat_sources < 0:
+            raise ValueError(f"eat_steps >= 1 and eat_sources >= 0 are needed, got {self.eat_steps} and {self.eat_sources}")
 
     @property
     def slope(self) -> float:
@@ -99,11 +152,20 @@ class TrainedTogether(Defense):
         return 0.0
 
     @abstractmethod
-    def loss(self, task: Task) -> Any:
+    def loss(self, task: Task) -> EnsembleLoss:
         """The loss, a frozen dataclass whose fields are the method's hyper-parameters."""
 
     def part(self, task: Task, seed: int) -> Together:
         """What is trained."""
+        draft = self.draft(task, seed)
+        if not self.eat:
+            return draft
+        loss = EnsembleAdversarial(draft.loss, self.eat_eps or EPS[task.shape[0]], self.eat_steps)
+        held_out = tuple(plain(task, seed, member, "held out") for member in range(self.eat_sources * self.members))
+        return replace(draft, loss=loss, sources=self.eat_sources, needs=(*draft.needs, *held_out))
+
+    def draft(self, task: Task, seed: int) -> Together:
+        """What is trained, before a modifier changes it."""
         return Together(
             role=type(self).__name__.lower(),
             seed=seed,
@@ -135,14 +197,22 @@ def input_gradients(members: Sequence[Classifier], x: Tensor, score: Callable[[T
         score: logits (n k) -> a number for each image (n).
 
     Returns:
-        logits (n k) of each member; gradients (m n d). Each member sees a leaf of its own, so that one backward pass of the
-        summed scores gives all gradients, and none is divided by the batch (methods G5).
+        logits (n k) of each member; gradients (m n d).
     """
     leaves = [x.clone().requires_grad_() for _ in members]
     logits = [net(leaf) for net, leaf in zip(members, leaves, strict=True)]
+    return logits, gradients(logits, leaves, score)
+
+
+def gradients(logits: Sequence[Tensor], leaves: Sequence[Tensor], score: Callable[[Tensor], Tensor]) -> Tensor:
+    """Gradients (m n d) of each member's score of its logits (n k) by the leaf (n c h w) that it alone has seen.
+
+    With leaves of their own, one backward pass of the summed scores gives all gradients, and none is divided by the batch
+    (methods G5).
+    """
     total = torch.stack([score(own).sum() for own in logits]).sum()
     found = torch.autograd.grad(total, leaves, create_graph=True)
-    return logits, torch.stack([gradient.flatten(1) for gradient in found])
+    return torch.stack([gradient.flatten(1) for gradient in found])
 
 
 def pair_cosines(vectors: Tensor, eps: float = 1e-8) -> Tensor:

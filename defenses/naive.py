@@ -2,44 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from defenses.api import Classifier, Defense, Parts, Task
-from defenses.combine import Mean
-from defenses.ensemble import Ensemble
-from defenses.nets import network
-from defenses.training import Trained
+from torch import Tensor
 
-
-@dataclass(frozen=True, kw_only=True)
-class Plain(Trained):
-    """A member that sees the images in the order in which all members do."""
-
-    @property
-    def order(self) -> tuple[str, int]:
-        return self.role, 0
+from defenses.api import Classifier, Parts, Task
+from defenses.joint import EnsembleLoss, TrainedTogether, cross_entropies, plain
+from defenses.training import Batch
 
 
-def plain(task: Task, seed: int, member: int) -> Plain:
-    """Member number ``member`` of the naive ensemble."""
-    recipe = task.recipe_for("plain")
-    return Plain(role="plain", seed=seed, member=member, architecture=task.architecture, recipe=recipe)
+@dataclass(frozen=True)
+class Separate(EnsembleLoss):
+    """sum_m CE_m, which no member shares with another."""
+
+    def __call__(self, net: Any, batch: Batch, needs: Sequence[Classifier]) -> dict[str, Tensor]:
+        return {"ce": self.errors(net, batch.x, batch)}
+
+    def errors(self, net: Any, x: Tensor, batch: Batch) -> Tensor:
+        return cross_entropies(list(net.member_logits(x)), batch.y, batch.label_smoothing).sum()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Naive(Defense):
-    """Mean softmax of ``members`` plain networks."""
+class Naive(TrainedTogether):
+    """Mean softmax of plain networks. Each is a part of its own, so that others can begin with them or take some of them."""
 
-    members: int = 3
-
-    def __post_init__(self) -> None:
-        if self.members < 1:
-            raise ValueError(f"members: at least 1, got {self.members}")
-
-    def build(self, task: Task) -> Ensemble:
-        return Ensemble([network(task) for _ in range(self.members)], Mean()).to(task.device).eval()
+    def loss(self, task: Task) -> Separate:
+        return Separate()
 
     def fit(self, model: Classifier, task: Task, parts: Parts, seed: int) -> None:
+        if self.eat:
+            super().fit(model, task, parts, seed)
+            return
         for member, net in enumerate(model.members):
             net.load_state_dict(parts.get(plain(task, seed, member)))
 

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from defenses.api import Task
+from defenses.api import Classifier, Task
 from defenses.ensemble import Ensemble
 from defenses.gal import alignment
-from defenses.joint import TrainedTogether, cross_entropies, input_gradients
-from defenses.nets import Network
+from defenses.joint import EnsembleLoss, TrainedTogether, cross_entropies, input_gradients
 from defenses.training import Batch
 
 
@@ -33,7 +32,7 @@ SALIENCIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class SaliencyDiversity:
+class SaliencyDiversity(EnsembleLoss):
     """mean_m CE_m + weight ln sum_{a<b} exp cos(s_a, s_b), s the gradient of the true class with respect to the image.
 
     Attributes:
@@ -44,7 +43,7 @@ class SaliencyDiversity:
     weight: float
     saliency: str
 
-    def __call__(self, net: Ensemble, batch: Batch, needs: Sequence[Network]) -> dict[str, Tensor]:
+    def __call__(self, net: Ensemble, batch: Batch, needs: Sequence[Classifier]) -> dict[str, Tensor]:
         score = SALIENCIES[self.saliency]
         logits, saliencies = input_gradients(net.members, batch.x, lambda own: score(own, batch.y))
         return {

@@ -51,7 +51,7 @@ class Batch:
 class Loss(Protocol):
     """A frozen dataclass: what a model is trained for. Its fields are part of the content key."""
 
-    def __call__(self, net: Any, batch: Batch, needs: Sequence[Network]) -> dict[str, Tensor]:
+    def __call__(self, net: Any, batch: Batch, needs: Sequence[Any]) -> dict[str, Tensor]:
         """Named scalars whose sum is minimised. ``needs`` are the finished networks of the part's needs."""
 
 
@@ -99,7 +99,7 @@ class Trained(Part):
         return net.state_dict()
 
 
-def train(net: Classifier, task: Task, part: Trained, needs: Sequence[Network], workshop: Workshop) -> None:
+def train(net: Classifier, task: Task, part: Trained, needs: Sequence[Classifier], workshop: Workshop) -> None:
     """Train in place; goes on from the workshop's checkpoint and leaves one after every epoch.
 
     Every epoch draws from a generator of its own, keyed by (seed, role, member, epoch), so that a continued run is the same
@@ -153,6 +153,18 @@ def accuracy(net: nn.Module, images: Images, batch: int = 500) -> float:
 
 
 @contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Every layer in eval mode meanwhile: running statistics are used and stay. Each layer gets its own mode back."""
+    training = [module for module in net.modules() if module.training]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
 def _dropout_from(gen: torch.Generator, net: nn.Module) -> Iterator[None]:
     """Dropout layers draw from torch's global generator: seed it from ``gen`` meanwhile, and give it back as it was."""
     if not any(_draws(module) for module in net.modules()):
@@ -179,7 +191,7 @@ def _epoch(  # noqa: PLR0913, PLR0917
     images: Images,
     optimizer: torch.optim.Optimizer,
     part: Trained,
-    needs: Sequence[Network],
+    needs: Sequence[Classifier],
     gens: tuple[torch.Generator, torch.Generator],
     epoch: int,
 ) -> dict[str, float]:

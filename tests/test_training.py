@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from attacks.streams import generator
 from defenses.api import Images, Recipe, Task, Weights
 from defenses.nets import ARCHITECTURES, network
+from defenses.recipe import settings
 from defenses.training import CrossEntropy, Trained, TrainingDiverged, augment
 
 
@@ -118,6 +119,38 @@ def test_the_rate_follows_shares_of_the_epochs() -> None:
     assert [round(recipe.rate(e), 6) for e in (0, 29, 30, 59, 60, 89)] == [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
     short = Recipe(epochs=9, lr=0.1, decay_at=(1 / 3, 2 / 3))
     assert [round(short.rate(e), 6) for e in (2, 3, 6)] == [0.1, 0.01, 0.001]
+
+
+def test_a_cosine_goes_from_the_first_rate_to_the_last() -> None:
+    """Halfway it is their mean; torch's scheduler with eta_min gives the same rate in every epoch."""
+    recipe = Recipe(epochs=40, lr=0.02, schedule="cosine", final_lr=1e-4)
+    assert recipe.rate(0) == 0.02 and recipe.rate(20) == pytest.approx((0.02 + 1e-4) / 2)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.02)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40, eta_min=1e-4)
+    for epoch in range(40):
+        assert recipe.rate(epoch) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"schedule": "linear"}, "schedule: unknown 'linear'; known are steps, cosine"),
+        ({"schedule": "cosine", "decay_at": (0.5,)}, "decay_at: steps belong to the schedule 'steps'"),
+        ({"final_lr": 1e-4}, "final_lr: where the schedule 'cosine' ends"),
+    ],
+)
+def test_a_schedule_takes_only_its_own_settings(fields: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        Recipe(epochs=2, **fields)
+
+
+def test_a_field_that_came_later_leaves_old_keys_as_they_are() -> None:
+    one = task()
+    old, new = part(one), part(one, schedule="cosine")
+    assert "schedule" not in settings(old.recipe) and settings(new.recipe)["schedule"] == "cosine"
+    assert "schedule" not in str(old.identity(one)) and old.key(one) != new.key(one)
 
 
 def windows(image: Tensor) -> list[Tensor]:
