@@ -110,13 +110,13 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 @app.command(name="list")
 def list_(
-    what: Annotated[str, typer.Argument(help="defenses, attacks, suites, tables or datasets")] = "",
+    what: Annotated[str, typer.Argument(help="defenses, attacks, suites, tables, datasets, or your own ./file.py")] = "",
 ) -> None:
     """Show what there is."""
     from attacks import ATTACKS
     from bench import tables
     from bench.data import DATASETS
-    from bench.registry import registered
+    from bench.registry import from_file, registered
     from bench.suites import available, load_suite, unknown
 
     warnings: list[str] = []
@@ -127,6 +127,8 @@ def list_(
         "tables": lambda: {"summary": f"every number of a suite; formats {', '.join(tables.FORMATS)}"},
         "datasets": lambda: {name: f"{facts.classes} classes, {facts.shape}" for name, facts in DATASETS.items()},
     }
+    if what.endswith(".py"):
+        kinds = {what: lambda: {name: _first_line(defense) for name, (defense, _) in from_file(Path(what)).items()}}
     if what and what not in kinds:
         raise ValueError(f"list: {unknown(what, kinds)}")
     for kind in [what] if what else list(kinds):

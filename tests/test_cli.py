@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from bench import cli
+from bench.registry import resolve
 
 
 def call(*words: str, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -123,3 +126,22 @@ def test_ctrl_c_keeps_what_was_finished_and_says_so(tiny: Path) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == cli.INTERRUPTED
     assert "everything finished is kept" in err and "Traceback" not in err
+
+
+def test_the_defense_that_the_readme_shows_is_a_whole_one_of_thirty_lines(bench, capsys: pytest.CaptureFixture[str]) -> None:
+    """Written into a file, it is trained, attacked, listed, and in the table, by the commands that the README gives."""
+    readme = (Path(cli.__file__).parent.parent / "README.md").read_text()
+    (text,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if block.startswith("# mine.py")]
+    assert len(text.splitlines()) <= 30
+    Path("mine.py").write_text(text)
+    command = "bench run --defense ./mine.py --suite digits --budget smoke"
+    assert command in readme and bench(*command.split()[1:], "--device", "cpu") == 0
+    capsys.readouterr()
+    assert bench("list", "./mine.py") == 0
+    assert "Members that share little of their wrong classes' probability." in capsys.readouterr().out
+    assert bench("table", "summary") == 0
+    assert re.search(r"(?m)^mine +0 ", capsys.readouterr().out.partition("digits, smoke: accuracy under attack")[2])
+    logs = [json.loads(path.read_text())["log"] for path in Path("runs/digits/parts").glob("*.json")]
+    assert logs and all({"ce", "shared", "validation_robust"} <= line.keys() for log in logs for line in log)
+    for variant, label in {"@weight=2.0,members=5": "mine@members=5,weight=2.0", "+eat": "mine+eat"}.items():
+        assert f"./mine.py{variant}" in readme and resolve(f"./mine.py{variant}", {})[0].label == label

@@ -30,8 +30,8 @@ SUITES = sorted(path.parent.name for path in RESULTS.glob("*/summary.md"))
 
 def test_its_table_is_the_committed_records() -> None:
     shown = README.partition("<!-- table begin -->\n")[2].partition("<!-- table end -->")[0]
-    made = tables.render_all(tables.summaries(Store(RESULTS), "fashion_mnist"), "md")
-    assert shown.strip() == made.strip()
+    made = [table for table in tables.summaries(Store(RESULTS), "fashion_mnist") if "certified accuracy" in table.title]
+    assert shown.strip() == tables.render_all(made, "md").strip()
     assert "cear_rw" in shown
 
 
