@@ -113,34 +113,9 @@ def list_(
     what: Annotated[str, typer.Argument(help="defenses, attacks, suites, tables, datasets, or your own ./file.py")] = "",
 ) -> None:
     """Show what there is."""
-    from attacks import ATTACKS
-    from bench import tables
-    from bench.data import DATASETS
-    from bench.registry import from_file, registered
-    from bench.suites import available, load_suite, unknown
+    from bench import show
 
-    warnings: list[str] = []
-    kinds = {
-        "defenses": lambda: {name: _first_line(defense) for name, (defense, _) in registered(warnings).items()},
-        "attacks": lambda: {name: _first_line(attack) for name, attack in ATTACKS.items()},
-        "suites": lambda: {name: load_suite(name).description for name in available()},
-        "tables": lambda: {"summary": f"every number of a suite; formats {', '.join(tables.FORMATS)}"},
-        "datasets": lambda: {name: f"{facts.classes} classes, {facts.shape}" for name, facts in DATASETS.items()},
-    }
-    if what.endswith(".py"):
-        kinds = {what: lambda: {name: _first_line(defense) for name, (defense, _) in from_file(Path(what)).items()}}
-    if what and what not in kinds:
-        raise ValueError(f"list: {unknown(what, kinds)}")
-    for kind in [what] if what else list(kinds):
-        print(f"{kind}:")
-        for name, text in kinds[kind]().items():
-            print(f"  {name:24}{text}")
-    for warning in warnings:
-        print(warning, file=sys.stderr)
-
-
-def _first_line(thing: object) -> str:
-    return (thing.__doc__ or "").strip().splitlines()[0]
+    show.listing(what)
 
 
 @app.command()
@@ -191,6 +166,23 @@ def plot(suite: SuiteName, out: Out = Path("plots"), runs: Runs = Path("runs")) 
 
     for path in plots.draw(_filled(runs, suite), suite, out):
         print(path)
+
+
+@app.command()
+def compare(  # noqa: PLR0913, PLR0917 (every option of the contract)
+    first: Annotated[str, typer.Argument(help="a variant, e.g. gal")],
+    second: Annotated[str, typer.Argument(help="another, e.g. naive")],
+    suite: SuiteName,
+    budget: Annotated[str, typer.Option(help="smoke, quick or paper")] = "quick",
+    only: Annotated[str, typer.Option(help="evaluations to compare, e.g. clean,diversity; default: all")] = "",
+    format_: Annotated[str, typer.Option("--format", help="text, md, csv or json")] = "text",
+    runs: Runs = Path("runs"),
+) -> None:
+    """Compare two defenses on the same images: differences with intervals and tests."""
+    from bench import compare as comparison
+
+    rows = comparison.compare(_filled(runs, suite), first, second, suite, budget, tuple(filter(None, only.split(","))))
+    print(comparison.table(rows, first, second, format_))
 
 
 @app.command()

@@ -16,7 +16,17 @@ def certificate(record: Record) -> str:
     return f"{fields['estimator']} estimator, n0 = {fields['n0']}, n <= {fields['n']}, alpha = {fields['alpha']:g}{numerics}"
 
 
-_ORDER = ("clean", "robust", "certified", "challenge", "variance", "diversity", "votes")
+def crafted(record: Record) -> str:
+    """How the images of a transfer record were made, in words."""
+    fields = record.eval["fields"]
+    given = [f"{name} {fields[name]}" for name in _SETTINGS if fields.get(name) not in (None, [], "native")]
+    stops = {True: ["every search ends when its source is wrong"], False: ["all steps taken, also when the source is wrong"]}
+    return ", ".join([fields["attack"], fields["norm"], *given, *stops.get(fields.get("early_stop"), [])])
+
+
+_SETTINGS = ("version", "attacks", "steps", "step", "restarts", "loss", "start", "targets", "proposals", "engine")
+
+_ORDER = ("clean", "robust", "certified", "challenge", "variance", "diversity", "votes", "transfer")
 
 
 def _rank(record: Record) -> int:
@@ -29,8 +39,9 @@ def key(record: Record, metric: Metric) -> tuple[Any, ...]:
     fields, rank, name = record.eval["fields"], _rank(record), record.eval["name"]
     if fields.get("kind") in _KINDS:
         return _KINDS[fields["kind"]](rank, record, metric)
-    if metric.metric == "clean_accuracy":
-        return (rank, "", "clean", BARE)
+    if metric.metric in _PLAIN:
+        place, word = _PLAIN[metric.metric]
+        return (place, "", word, BARE)
     if metric.metric in _ROBUST and metric.denominator in ("all", None):
         return _robust_key(rank, record, metric)
     if metric.metric == "certified_accuracy":
@@ -50,11 +61,7 @@ def _at(metric: Metric) -> float:
     return BARE if metric.radius is None else metric.radius
 
 
-MEANING = {
-    "robust_accuracy_8bit": "8 bit: the adversarial images rounded to 256 levels",
-    "certificates_beaten": "beaten: share of attacked certificates that an l2 attack within their radius refutes",
-    "median_distance": "median: distance of the nearest adversarial point, over the images that are right",
-}
+_PLAIN = {"clean_accuracy": (0, "clean"), "training_seconds_per_epoch": (len(_ORDER), "train s/epoch")}
 
 _ROBUST = {"robust_accuracy": "", "robust_accuracy_8bit": "8 bit", "median_distance": "median"}
 
@@ -104,7 +111,14 @@ def _diversity_key(rank: int, record: Record, metric: Metric) -> tuple[Any, ...]
     """A column each, in the order in which the caption explains them."""
     if metric.metric not in _DIVERSITY:
         return ()
-    return (rank + list(_DIVERSITY).index(metric.metric) / 10, record.eval["name"], _DIVERSITY[metric.metric], BARE)
+    return (rank + list(_DIVERSITY).index(metric.metric) / 100, record.eval["name"], _DIVERSITY[metric.metric], BARE)
+
+
+def steps(record: Record) -> str:
+    """How far and how often the diversity of members moves images, in words."""
+    fields = record.eval["fields"]
+    distilled = min(fields["distilled"], fields["images"] // 10 * 10)
+    return f"h = {fields['h']:g} in l2, {distilled} images distilled within {fields['eps']:g} in l_inf"
 
 
 _DIVERSITY = {
@@ -115,9 +129,30 @@ _DIVERSITY = {
     "error_correlation": "errors",
     "gradient_norm": "gradient",
     "curvature": "curvature",
+    "curvature_cosine": "bend cosine",
+    "vulnerability_diversity": "vulnerability",
+    "vulnerability_transfer": "distilled errors",
 }
 
-_KINDS = {"variance": _variance_key, "diversity": _diversity_key, "votes": _votes_key}
+
+def _transfer_key(rank: int, record: Record, metric: Metric) -> tuple[Any, ...]:
+    """The averages, a column an eps, in the order in which the caption explains them; the figure has the matrix."""
+    if metric.metric not in _TRANSFER:
+        return ()
+    order, at = list(_TRANSFER).index(metric.metric) / 100, BARE if metric.eps is None else metric.eps
+    return (rank + order, record.eval["name"], _TRANSFER[metric.metric], at)
+
+
+_TRANSFER = {
+    "tsr_normalised": "transfer",
+    "tsr": "TSR",
+    "tsr_all": "TSR all",
+    "tsr_floor": "floor",
+    "asr_members": "ASR members",
+    "asr_ensemble": "ASR white-box",
+}
+
+_KINDS = {"variance": _variance_key, "diversity": _diversity_key, "votes": _votes_key, "transfer": _transfer_key}
 """Evaluations with a table of their own."""
 
 

@@ -100,7 +100,8 @@ class Fitted:
             if reason:
                 return Skipped(reason)
             model = variant.defense.build(self._task)
-            variant.defense.fit(model, self._task, PartStore(self._folder, self._task, self._progress), seed)
+            parts = PartStore(self._folder, self._task, self._progress)
+            variant.defense.fit(model, self._task, parts, seed)
             model.to(self._task.device).eval()
         except Exception as error:  # whatever a defense does wrong becomes its record; the others go on
             if storage_failed(error):
@@ -108,7 +109,7 @@ class Fitted:
             return error
         finally:
             self._progress.prefix = prefix
-        return Subject(model, getattr(variant.defense, "sigma", None), seed)
+        return Subject(model, getattr(variant.defense, "sigma", None), seed, epoch_seconds=parts.epoch_seconds())
 
 
 def weights_hash(model: Classifier) -> str:

@@ -74,3 +74,30 @@ def fit_correlation(ratios: Sequence[float]) -> float:
     # The model is linear in zeta: ratio - 1/k = zeta (1 - 1/k).
     slope, rest = 1 - 1 / k, np.asarray(ratios, float) - 1 / k
     return float(slope @ rest / (slope @ slope))
+
+
+def mcnemar(first: int, second: int) -> float:
+    """Exact two-sided p that two classifiers are equally often right, where ``first`` images were right by the first alone and
+    ``second`` by the second alone (McNemar 1947): a fair coin decides each of them."""
+    if first + second == 0:
+        return 1.0
+    return float(stats.binomtest(first, first + second, 0.5).pvalue)
+
+
+def sign_flip(differences: Floats, flips: int = 9999, seed: int = 0) -> float:
+    """Two-sided p that paired differences are symmetric about 0, by random signs; never below 1 / (flips + 1)."""
+    rng, total, reached = np.random.default_rng(seed), abs(float(differences.sum())), 0
+    live = differences[differences != 0]
+    for start in range(0, flips, 1000):
+        signs = rng.integers(0, 2, (min(1000, flips - start), len(live))) * 2 - 1
+        reached += int((np.abs(signs @ live) >= total * (1 - 1e-12)).sum())
+    return (1 + reached) / (1 + flips)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p values corrected for their number, so that all verdicts together err with the level's probability (Holm 1979)."""
+    found, highest = [0.0] * len(ps), 0.0
+    for place, index in enumerate(np.argsort(ps, kind="stable")):
+        highest = max(highest, min(1.0, (len(ps) - place) * ps[index]))
+        found[index] = highest
+    return found

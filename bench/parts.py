@@ -28,16 +28,31 @@ class PartStore:
         self.task = task
         self.progress = progress
         self.events: list[tuple[str, str]] = []
+        self._used: dict[str, None] = {}
 
     def get(self, part: Part) -> Weights:
         """The weights of a part on the task's device, made now if they do not exist."""
+        self._used[part.key(self.task)] = None
+        return self._get(part)
+
+    def epoch_seconds(self) -> float | None:
+        """Mean seconds of a training epoch, summed over all that was got, by their logs; None if one has no log of epochs."""
+        total = 0.0
+        for key in self._used:
+            seconds = [line["seconds"] for line in json.loads((self.folder / f"{key}.json").read_text())["log"]]
+            if not seconds:
+                return None
+            total += sum(seconds) / len(seconds)
+        return total or None
+
+    def _get(self, part: Part) -> Weights:
         key = part.key(self.task)
         path = self.folder / f"{key}.safetensors"
         weights = self._read(path)
         if weights is not None:
             self.events.append(("read", f"{part.role} {part.member} {key}"))
             return weights
-        needs = [self.get(need) for need in part.needs]
+        needs = [self._get(need) for need in part.needs]
         began = time.perf_counter()
         with self.progress.step(f"{part.role} {part.member} (seed {part.seed})") as report:
             workshop = DiskWorkshop(self, self.folder / f"{key}.checkpoint", report)

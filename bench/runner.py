@@ -210,6 +210,8 @@ class Run:
             return
         self.store.write_rows(one.blank, rows)
         unsound = one.job.variant.defense.unsound
+        if one.subject.epoch_seconds is not None:
+            cost = {**cost, "training_seconds_per_epoch": one.subject.epoch_seconds}
         findings = [*outcome.findings, *([Finding(kind="unsound", detail=unsound)] if unsound else [])]
         found = {"metrics": outcome.metrics, "findings": findings, "facts": facts, "cost": cost}
         record = one.blank.model_copy(update={"status": "success", **found})

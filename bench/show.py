@@ -1,13 +1,18 @@
-"""What a run and a comparison of engines print at their end."""
+"""What a run, a list and a comparison of engines print."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from tabulate import tabulate
 
+from attacks import ATTACKS
 from bench import engines, plots, tables
+from bench.data import DATASETS
+from bench.registry import from_file, registered
 from bench.store import Record, Store
+from bench.suites import available, load_suite, unknown
 
 
 def finished(root: Path, suite: str, records: list[Record]) -> None:
@@ -26,6 +31,36 @@ def finished(root: Path, suite: str, records: list[Record]) -> None:
             print(f"failed: {record.defense['variant']} {record.eval['name']} (seed {record.seed}): {last}")
     drawn = plots.draw(store, suite, root / suite / "plots")
     print(f"\nrecords: {root / suite}\nplots:   {', '.join(str(path) for path in drawn if path.suffix == '.png')}")
+
+
+def listing(what: str) -> None:
+    """Print what there is: everything, one kind of things, or the defenses of a user's file.
+
+    Raises:
+        ValueError: for an unknown kind.
+    """
+    warnings: list[str] = []
+    kinds = {
+        "defenses": lambda: {name: _first_line(defense) for name, (defense, _) in registered(warnings).items()},
+        "attacks": lambda: {name: _first_line(attack) for name, attack in ATTACKS.items()},
+        "suites": lambda: {name: load_suite(name).description for name in available()},
+        "tables": lambda: {"summary": f"every number of a suite; formats {', '.join(tables.FORMATS)}"},
+        "datasets": lambda: {name: f"{facts.classes} classes, {facts.shape}" for name, facts in DATASETS.items()},
+    }
+    if what.endswith(".py"):
+        kinds = {what: lambda: {name: _first_line(defense) for name, (defense, _) in from_file(Path(what)).items()}}
+    elif what and what not in kinds:
+        raise ValueError(f"list: {unknown(what, kinds)}, or a .py file")
+    for kind in [what] if what else list(kinds):
+        print(f"{kind}:")
+        for name, text in kinds[kind]().items():
+            print(f"  {name:24}{text}")
+    for warning in warnings:
+        print(warning, file=sys.stderr)
+
+
+def _first_line(thing: object) -> str:
+    return (thing.__doc__ or "").strip().splitlines()[0]
 
 
 def agreement(data: Path | None) -> bool:

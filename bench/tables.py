@@ -9,7 +9,7 @@ from itertools import groupby
 from statistics import mean, stdev
 from typing import Any
 
-from bench import columns
+from bench import captions, columns
 from bench.store import Metric, Record, Store
 
 FORMATS = ("text", "md", "latex", "csv", "json", "html")
@@ -63,10 +63,12 @@ def _kind(record: Record) -> tuple[str, str, float]:
         how = f"fixed estimator, n0 = {fields['n0']}, n = {max(fields['n'])}, alpha = {fields['alpha']:g}"
         return "variance view", how, _sigma(record)
     if fields.get("kind") == "diversity":
-        return "diversity of members", f"h = {fields['h']:g}", 0.0
+        return "diversity of members", columns.steps(record), 0.0
     if fields.get("kind") == "votes":
         how = f"n0 = {fields['n0']}, n <= {fields['n']}, alpha = {fields['alpha']:g}"
         return "estimators on the same votes", how, _sigma(record)
+    if fields.get("kind") == "transfer":
+        return "transfer between members", columns.crafted(record), 0.0
     how = columns.certificate(record)
     return ("certified accuracy", how, _sigma(record)) if how else ("accuracy under attack", "", 0.0)
 
@@ -95,7 +97,7 @@ def _table(records: list[Record]) -> Table:
         if not record.metrics:
             rows.setdefault(variant, {})
             unfinished.setdefault(variant, []).append(record)
-        for metric in record.metrics:
+        for metric in numbers(record):
             key = columns.key(record, metric)
             row = rows.setdefault(f"{without_sigma(variant)}: {metric.estimator}" if metric.estimator else variant, {})
             if key:
@@ -115,57 +117,36 @@ def _caption(records: list[Record]) -> str:
         "data: " + ", ".join(sorted({record.hashes.get("data", "unknown") for record in records})),
         "accuracies in percent of all images: one seed with its 95 % interval, or mean ± deviation over training seeds",
         "images: " + ", ".join(f"{evaluation} {count}" for evaluation, count in images),
+        *captions.of_kind(kind, f"sigma = {sigma:g}, {how}" if sigma else how, records),
     ]
-    if kind == "certified accuracy":
-        sentences += [
-            f"sigma = {sigma:g}, {how}" if sigma else how,
-            "CA r: certified accuracy at l2 radius r",
-            "an image counts if its class is right and its unrounded radius is at least r",
-            "abstained: share of images without a certificate at the smallest radius",
-            "draws: noise draws per image; networks: networks asked per image, selection counted",
-        ]
-    if kind == "estimators on the same votes":
-        numerics = sorted({record.eval["fields"].get("numerics") or "float32" for record in records})
-        sentences += [
-            f"sigma = {sigma:g}, {how}, {', '.join(numerics)}",
-            "CA r: certified accuracy at l2 radius r",
-            "an image counts if its class is right and its unrounded radius is at least r",
-            "saved r: n over the mean draws of a run for that radius alone; saved: of one run for everything",
-            "oracle: draws of a sequential test that knows each image's probability (Wald)",
-            "phases: the last has 0.89 n draws, so that all fit into n",
-        ]
-    if kind == "variance view":
-        sentences += [
-            f"sigma = {sigma:g}, {how}" if sigma else how,
-            "variance: of the class margin of the first k members' mean logits under noise, as a share of one member's mean",
-            "zeta: correlation of the members' margins; fitted: the zeta whose (1 + zeta (k - 1)) / k is closest",
-            "ACR: average certified radius of the first k members",
-        ]
-    if kind == "diversity of members":
-        sentences += [
-            "means over images as they are",
-            "cosine: of the input gradients of two members' cross-entropy, mean over pairs; coherence: largest over pairs",
-            "SMD: ln of the sum over pairs of exp(cosine of the gradients of the true class's logit)",
-            "ln ED: log-determinant of the members' normalised probabilities of the wrong classes",
-            "errors: correlation of two members' errors over images, mean over pairs",
-            "gradient: l2 norm of the input gradient of cross-entropy, mean over members",
-            f"curvature: squared change of that gradient over a step h along its signs, over h^2, mean over members; l2, {how}",
-        ]
-    sentences += [text for word, text in columns.MEANING.items() if any(m.metric == word for r in records for m in r.metrics)]
+    found = {metric.metric for record in records for metric in numbers(record)}
+    sentences += [text for word, text in captions.OF_NUMBERS.items() if word in found]
     return "; ".join(sentences) + "."
+
+
+def numbers(record: Record) -> list[Metric]:
+    """The numbers of a record, and, beside clean accuracy, what its training cost."""
+    seconds = record.cost.get("training_seconds_per_epoch")
+    if seconds is None or record.eval["fields"].get("kind") != "clean":
+        return record.metrics
+    epochs = record.task["recipe"]["epochs"]
+    return [*record.metrics, Metric(metric="training_seconds_per_epoch", value=seconds, n=epochs, unit="seconds")]
+
+
+_DIGITS = {"draws": 0, "network evaluations": 0, "factor": 1, "percent, sum over targets": 1, "seconds": 1}
+"""Digits after the point by unit; 3 for others."""
 
 
 def _show(cell: Cell | None) -> str:
     """A cell as text: value and interval of one seed, mean and deviation of several; never a number where there is none."""
     if not cell:
         return HOLE
-    numbers = [metric for _, metric in cell]
-    scale = 100.0 if numbers[0].unit == "fraction" else 1.0
-    digits = 1 if scale == 100.0 else {"draws": 0, "network evaluations": 0, "factor": 1}.get(numbers[0].unit, 3)
-    values = [metric.value * scale for metric in numbers]
+    one = cell[0][1]
+    scale = 100.0 if one.unit == "fraction" else 1.0
+    digits = 1 if scale == 100.0 else _DIGITS.get(one.unit, 3)
+    values = [metric.value * scale for _, metric in cell]
     if len(values) > 1:
         return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f} ({len(values)} seeds)"
-    one = numbers[0]
     if one.lower is None or one.upper is None:
         return f"{values[0]:.{digits}f}"
     return f"{values[0]:.{digits}f} [{one.lower * scale:.{digits}f}, {one.upper * scale:.{digits}f}]"

@@ -55,6 +55,9 @@ class DispersedGradients(EnsembleLoss):
         logits = self.logits(net.members, [x] * len(net.members), batch.gen)
         return self.alpha * cross_entropies(logits, batch.y, batch.label_smoothing).mean()
 
+    def watch(self, net: Ensemble, x: Tensor, gen: torch.Generator) -> dict[str, float]:
+        return {"scale_ratio": scale_ratio(net, x, self.bins, gen)} if self.bins else {}
+
     def logits(self, members: Sequence[Classifier], images: Sequence[Tensor], gen: torch.Generator) -> list[Tensor]:
         """Logits (n k) of every member for its own images (n c h w), under masks if there are any."""
         if self.bins:

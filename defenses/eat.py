@@ -45,6 +45,11 @@ class EnsembleAdversarial:
         parts = self.loss(net, batch, [])
         return {**parts, "ce": parts["ce"] / 2, "ce_adversarial": self.loss.errors(net, x, batch) / 2}
 
+    def watch(self, net: Classifier, x: Tensor, gen: torch.Generator) -> dict[str, float]:
+        """What the defense's own loss watches."""
+        found: dict[str, float] = self.loss.watch(net, x, gen)
+        return found
+
 
 def crafted(source: Classifier, x: Tensor, eps: float, steps: int, gen: torch.Generator) -> Tensor:
     """Images (n c h w) in the l_inf ball around x that raise the cross-entropy of what ``source`` says of x, by PGD.

@@ -58,6 +58,10 @@ class EnsembleLoss(ABC):
         """What "ce" is for other images x (n c h w) of the batch's labels: the mean over members, unless a method says else."""
         return cross_entropies(list(net.member_logits(x)), batch.y, batch.label_smoothing).mean()
 
+    def watch(self, net: Any, x: Tensor, gen: torch.Generator) -> dict[str, float]:
+        """What of the method is worth knowing after every epoch, on validation images x (n c h w); ``net`` is in eval mode."""
+        return {}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Together(Trained):
@@ -86,7 +90,7 @@ class Together(Trained):
         return super().generators(epoch, device)[0], own
 
     def checks(self, net: Classifier, task: Task) -> dict[str, float]:
-        """Clean accuracy, and accuracy of the first 200 validation images under a short PGD."""
+        """Clean accuracy; of the first 200 validation images accuracy under a short PGD, and what the loss watches."""
         images = task.validation.take(slice(0, 200))
         attack = Pgd(norm="linf", eps=QUICK[task.shape[0]], steps=5, restarts=1)
         streams = Streams(self.seed, "quick look", ids=images.ids, device=task.device)
@@ -95,7 +99,8 @@ class Together(Trained):
             if not net(images.floats()).isfinite().all():  # the last step broke the weights: no attack can look at that
                 return {**found, "validation_robust": float("nan")}
         broken = attack(net, images.floats(), images.labels, streams).broken
-        return {**found, "validation_robust": float((~broken).double().mean())}
+        watched = self.loss.watch(net, images.floats(), generator(self.seed, "watch", self.role, device=task.device))
+        return {**found, "validation_robust": float((~broken).double().mean()), **watched}
 
     def make(self, task: Task, needs: Sequence[Weights], workshop: Workshop) -> Weights:
         ensemble = assembled(task, self.members, self.slope, self.seed, self.architecture)

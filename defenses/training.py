@@ -103,7 +103,7 @@ def train(net: Classifier, task: Task, part: Trained, needs: Sequence[Classifier
     """Train in place; goes on from the workshop's checkpoint and leaves one after every epoch.
 
     Every epoch draws from a generator of its own, keyed by (seed, role, member, epoch), so that a continued run is the same
-    run. Loss parts, training accuracy, clean validation accuracy and seconds of every epoch are reported and kept.
+    run. Loss parts, what the part checks after it, and the seconds of every epoch's steps are reported and kept.
 
     Raises:
         TrainingDiverged: if a loss part is not finite.
@@ -122,10 +122,11 @@ def train(net: Classifier, task: Task, part: Trained, needs: Sequence[Classifier
         gens = part.generators(epoch, task.device)
         with _dropout_from(gens[0], net):
             facts = _epoch(net, task.train, optimizer, part, needs, gens, epoch)
+        seconds = time.perf_counter() - began
         _check_finite(facts, part, epoch)
         facts |= part.checks(net, task)
         _check_finite(facts, part, epoch)
-        log.append({"epoch": epoch + 1, "lr": recipe.rate(epoch), **facts, "seconds": time.perf_counter() - began})
+        log.append({"epoch": epoch + 1, "lr": recipe.rate(epoch), **facts, "seconds": seconds})
         workshop.save(_checkpoint(net, optimizer), {"log": log})
         workshop.report(epoch + 1, recipe.epochs, log[-1])
     net.eval()

@@ -330,6 +330,13 @@ def test_scale_ratio_of_a_network_is_above_one_and_moves_nothing() -> None:
 # Defenses
 
 
+@pytest.mark.parametrize(("defense", "watched"), [(deg, False), (pdd, True), (replace(pdd_deg, eat=True, eat_sources=0), True)])
+def test_the_ratio_is_in_the_log_of_every_epoch_where_there_are_masks(defense: Dispersed, watched: bool) -> None:
+    one, bench = task(n=32), Bench()
+    replace(defense, members=2).part(one, 0).make(one, [], bench)
+    assert len(bench.reports) == 4 and all(("scale_ratio" in line) == watched for line in bench.reports)
+
+
 def test_hyper_parameters_are_those_of_the_reference() -> None:
     one = task()
     assert deg.loss(one) == DispersedGradients(1.0, 0.01, 0)

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import io
+import json
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
 import pytest
+import torch
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from test_store import record
 from test_tables import certified, view
 
+from attacks.streams import generator
 from bench import plots
+from bench.evals.saliency import saliency
 from bench.metrics import variance_ratio
 from bench.plots.style import BASELINE, COLOURS, styles_of
-from bench.store import Record
+from bench.store import Record, Store
+from defenses.api import Images, Wrapped
 
 NAMES = [
     "cear_gm", "cear_minus_gm", "cear_minus_rw", "cear_rw", "cear_rw@members=3", "kap_noise_training@members=5",
@@ -122,3 +136,158 @@ def test_rows_of_several_seeds_say_which() -> None:
     figure = plots.variance([view(), view().model_copy(update={"seed": 4})])
     assert figure is not None
     assert [axes.get_title().rpartition(", ")[2] for axes in figure.axes[::3]] == ["seed 3", "seed 4"]
+
+
+def diverse(store: Store, variant: str, members: int, channels: int = 1, **changes: Any) -> Record:
+    """A record of linear members on random images of 6 x 6 pixels, of which three keep maps."""
+    one = record(
+        defense={"name": "d", "variant": variant, "fields": {}},
+        eval={"name": "diversity", "fields": {"kind": "diversity", "h": 0.3, "images": 20}},
+        metrics=[],
+        **changes,
+    )
+    gen = generator(0, variant)
+    pixels = torch.randint(0, 256, (5, channels, 6, 6), generator=gen, dtype=torch.uint8)
+    some = Images(pixels, torch.arange(5), torch.arange(5), "random")
+    nets = []
+    for _ in range(members):
+        last = torch.nn.Linear(36 * channels, 5)
+        last.weight.data = torch.randn(last.weight.shape, generator=gen)
+        nets.append(Wrapped(torch.nn.Sequential(torch.nn.Flatten(), last)))
+    store.write_rows(one, pd.DataFrame({"id": some.ids, "label": some.labels, **saliency(nets, some, 3)}))
+    store.write(one)
+    return one
+
+
+def words(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
+def test_saliency_maps_stand_beside_their_image_with_the_cosines_below(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    records = [diverse(store, "adp", 3), diverse(store, "adp", 2, seed=9), diverse(store, "gal@members=2", 2, channels=3)]
+    (figure,) = plots.saliency(records[::-1], store)
+    pictures = [axes for axes in figure.axes if axes.images]
+    assert len(pictures) == 3 * (1 + 3) + 3 * (1 + 2)  # of seed 9 nothing
+    assert [list(axes.images[0].get_array().shape) for axes in pictures][12:15] == [[6, 6, 3], [6, 6], [6, 6]]
+    for axes in pictures[1:4]:
+        assert axes.images[0].get_array().max() == 1 and axes.images[0].get_array().min() >= 0
+    shown = words(figure)
+    assert shown.count("image") == 2 and shown.count("member 2") == 2 and shown.count("member 3") == 1
+    assert {"adp, seed 3", "gal@members=2, seed 3", "class 0", "class 2"} <= set(shown)
+    cosines = [text for text in shown if text.startswith("cos  ")]
+    assert [text.count(":") for text in cosines] == [3, 3, 3, 1, 1, 1]
+    kept = store.rows(records[0])
+    a, b, c = np.load(io.BytesIO(kept.saliency_cosines[0]), allow_pickle=False)
+    assert cosines[0] == f"cos  1,2: {a:.2f}  1,3: {b:.2f}  2,3: {c:.2f}"
+    third = np.load(io.BytesIO(kept.saliency[2]), allow_pickle=False)
+    assert all(np.array_equal(axes.images[0].get_array(), own) for axes, own in zip(pictures[9:12], third))
+
+
+def test_blocks_of_maps_neither_overlap_nor_leave_the_page(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    members = {"a": 3, "b": 5, "c" * 40: 2, "d": 8, "e": 3, "f": 3, "g": 2}
+    first, second = plots.saliency([diverse(store, name, number) for name, number in members.items()], store)
+    assert len(second.axes) == 3 * 3 + 1  # the seventh, and the scale
+    for figure in (first, second):
+        FigureCanvasAgg(figure).draw()
+        boxes = [axes.get_window_extent() for axes in figure.axes]
+        assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+        titles = [text for text in figure.texts if ", seed " in text.get_text()]
+        assert not any(a.get_window_extent().overlaps(b.get_window_extent()) for a, b in combinations(titles, 2))
+        for text in figure.findobj(Text):
+            if text.get_text() and text.get_visible():
+                box = text.get_window_extent()
+                assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1, text.get_text()
+                assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1, text.get_text()
+    assert any("cos of 28 pairs: mean" in text for text in words(first))
+
+
+def test_without_maps_there_is_no_figure_of_them(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    one = diverse(store, "adp", 2)
+    kept = store.rows(one)
+    assert len(plots.saliency([one, view()], store)) == 1
+    for rows in (kept.assign(saliency=None), kept.drop(columns=["saliency", "pixels", "saliency_cosines"])):
+        store.write_rows(one, rows)
+        assert plots.saliency([one], store) == []
+    assert plots.saliency([view()], store) == []
+
+
+def test_every_page_of_maps_is_drawn(tmp_path: Path) -> None:
+    store = Store(tmp_path / "runs")
+    for name in "abcdefg":
+        diverse(store, name, 2)
+    files = plots.draw(store, "tiny", tmp_path / "figures")
+    assert [path.name for path in files if path.suffix == ".png"] == ["saliency_1.png", "saliency_2.png"]
+
+
+def notes(folder: Path, *trained: tuple[str, dict[str, list[float]]]) -> Path:
+    """Notes of trainings: role, and the numbers of each epoch by name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (role, series) in enumerate(trained):
+        lines = [dict(zip(series, values, strict=True)) for values in zip(*series.values(), strict=True)]
+        log = [{"epoch": epoch, "lr": 0.1, **line, "seconds": 1.0} for epoch, line in enumerate(lines, start=1)]
+        note = {"key": str(number), "part": {"fields": {"role": role, "member": number}}, "log": log}
+        (folder / f"{number}.json").write_text(json.dumps(note))
+    return folder
+
+
+def drawn(axes: Axes) -> list[list[float]]:
+    return [np.asarray(line.get_ydata(), float).round(6).tolist() for line in axes.get_lines() if len(line.get_xdata())]
+
+
+PLAIN = {"ce": [2.0, 1.0, 0.05], "loss": [2.0, 1.0, 0.05], "validation_accuracy": [0.5, 0.6, 0.7]}
+ADP = {
+    "ce": [3.0, 2.0, 1.0], "entropy": [-4.0, -4.5, -4.0], "diversity": [1.0, 0.5, 0.01], "loss": [0.0, -2.0, -2.99],
+    "validation_accuracy": [0.4, 0.5, 0.6], "validation_robust": [0.1, 0.2, 0.3],
+}  # fmt: skip
+SMD = {"ce": [1.0, 0.9, 0.8], "diversity": [1.2, 1.1, 1.0], "loss": [2.2, 2.0, 1.8], "validation_accuracy": [0.3, 0.2, 0.1]}
+
+
+def test_losses_of_several_parts_have_a_panel_a_part(tmp_path: Path) -> None:
+    figure = plots.training(notes(tmp_path, ("adp", ADP), ("plain", PLAIN), ("smd", SMD)))
+    assert figure is not None
+    panels = {axes.get_ylabel(): axes for axes in figure.axes if axes.get_visible()}
+    parts = [f"part of the loss: {name}" for name in ("ce", "diversity", "entropy")]
+    assert list(panels) == ["training loss", "validation accuracy (%)", *parts]
+    assert drawn(panels["training loss"]) == [ADP["loss"], PLAIN["loss"], SMD["loss"]]
+    assert drawn(panels[parts[0]]) == [ADP["ce"], SMD["ce"]]  # the only part of a loss is the loss
+    assert drawn(panels[parts[1]]) == [ADP["diversity"], SMD["diversity"]]
+    assert drawn(panels[parts[2]]) == [ADP["entropy"]]
+    assert [axes.get_yscale() for axes in panels.values()] == ["symlog", "linear", "linear", "log", "linear"]
+
+
+def test_quick_robust_accuracy_is_dashed_in_the_colour_of_its_network(tmp_path: Path) -> None:
+    figure = plots.training(notes(tmp_path, ("adp", ADP), ("plain", PLAIN)))
+    assert figure is not None
+    solid, dashed, other = (line for line in figure.axes[1].get_lines() if len(line.get_xdata()))
+    assert list(dashed.get_ydata()) == pytest.approx([10, 20, 30]) and list(solid.get_ydata()) == pytest.approx([40, 50, 60])
+    assert dashed.get_linestyle() == "--" != solid.get_linestyle() == other.get_linestyle() == "-"
+    assert dashed.get_color() == solid.get_color() != other.get_color()
+    assert "dashed: under a short PGD" in figure.axes[1].get_title()
+    figure = plots.training(notes(tmp_path / "plain", ("plain", PLAIN)))
+    assert figure is not None and len(figure.axes) == 2
+    assert figure.axes[1].get_title() == "" and figure.axes[1].get_ylabel() == "clean validation accuracy (%)"
+    assert figure.axes[0].get_yscale() == "log"
+
+
+def test_many_networks_of_many_roles_can_be_told_apart(tmp_path: Path) -> None:
+    roles = [f"role{number:02}" for number in range(12)]
+    wide = {**ADP, "loss": [24.0, 3.0, -1.0]}
+    figure = plots.training(notes(tmp_path, *[(role, wide) for role in roles for _ in range(4)]))
+    assert figure is not None
+    FigureCanvasAgg(figure).draw()
+    assert figure.axes[0].get_yscale() == "symlog"
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [f"{role} (4)" for role in roles]
+    looks = {(line.get_color(), line.get_marker()) for line in figure.axes[0].get_lines()}
+    assert len(looks) == len(roles)
+    box = legend.get_window_extent()
+    assert not any(box.overlaps(axes.get_tightbbox()) for axes in figure.axes if axes.get_visible())
+
+
+def test_an_only_epoch_is_a_dot(tmp_path: Path) -> None:
+    figure = plots.training(notes(tmp_path, ("plain", {name: values[:1] for name, values in PLAIN.items()})))
+    assert figure is not None
+    assert figure.axes[0].get_lines()[0].get_marker() == "."

@@ -10,11 +10,14 @@ from bench.evals.challenge import Challenge
 from bench.evals.clean import Clean
 from bench.evals.diversity import Diversity
 from bench.evals.robust import Robust
+from bench.evals.transfer import Transfer
 from bench.evals.variance import Variance
 from bench.evals.votes import Votes
 
-Evaluation = Annotated[Clean | Robust | Certified | Challenge | Variance | Diversity | Votes, Field(discriminator="kind")]
-KINDS = ("clean", "robust", "certified", "challenge", "variance", "diversity", "votes")
+Evaluation = Annotated[
+    Clean | Robust | Certified | Challenge | Variance | Diversity | Votes | Transfer, Field(discriminator="kind")
+]
+KINDS = ("clean", "robust", "certified", "challenge", "variance", "diversity", "votes", "transfer")
 
 __all__ = [
     "KINDS",
@@ -28,6 +31,7 @@ __all__ = [
     "Robust",
     "Skipped",
     "Subject",
+    "Transfer",
     "Variance",
     "Votes",
 ]

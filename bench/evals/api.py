@@ -31,12 +31,14 @@ class Subject:
         sigma: its own noise level, if it has one.
         seed: of the evaluation.
         scratch: folder for the unfinished work of one piece.
+        epoch_seconds: what an epoch of its training took, if it was trained in epochs.
     """
 
     model: Classifier
     sigma: float | None
     seed: int
     scratch: Path | None = None
+    epoch_seconds: float | None = None
 
 
 @dataclass(frozen=True)

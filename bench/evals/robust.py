@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -35,23 +36,17 @@ HELPS = 0.002
 """What Square may take off the accuracy after the white-box attacks before it is called a sign of masking (methods 8.10)."""
 
 
-class Robust(Base):
-    """Accuracy under an attack, at several budgets.
+class Attacking(Base, ABC):
+    """Common to evaluations that attack at several budgets.
 
     Attributes:
+        kind: the evaluation's own; here so that it stays first in records.
         attack, norm, eps: the threat; ``eps`` may be fractions such as "8/255".
         steps, step, restarts, loss, start, targets, proposals, version, attacks, first, engine: settings of the attack, its
             own defaults where absent; one that it does not have is an error.
-        queries: forward passes allowed per image.
-        nearest: look once for the nearest adversarial point, and read the accuracy at every eps off its distance; so do the
-            minimum-norm attacks, and "fab" if asked to.
-        noise: standard deviation of Gaussian noise added to the input at inference ("noisy logits"), or "sigma" for the
-            defense's own: then the smoothed classifier is attacked, and judged by its mean prediction.
-        eot: noise draws per gradient.
-        average: "loss" or "probability" over those draws; "probability" is the smoothed classifier's soft score.
     """
 
-    kind: Literal["robust"] = "robust"
+    kind: str
     attack: str
     norm: str
     eps: tuple[Number, ...] = Field(min_length=1)
@@ -66,26 +61,17 @@ class Robust(Base):
     attacks: tuple[str, ...] | None = None
     first: float | None = None
     engine: str | None = None
-    queries: int | None = Field(None, ge=1)
-    nearest: bool | None = None
-    noise: Number | Literal["sigma"] = 0.0
-    eot: int = Field(1, ge=1)
-    average: Literal["loss", "probability"] = "loss"
 
     def check(self, place: str, shape: tuple[int, int, int]) -> None:
         if self.attack not in ATTACKS:
             raise ValueError(f"{place}.attack: unknown {self.attack!r}; known are {', '.join(ATTACKS)}")
         if self.norm not in NORMS:
             raise ValueError(f"{place}.norm: unknown {self.norm!r}; known are {', '.join(NORMS)}")
-        kind = ATTACKS[self.attack]
-        has = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+        has = [f.name for f in fields(ATTACKS[self.attack])]  # type: ignore[arg-type]
         for name in OPTIONS:
             if getattr(self, name) is not None and name not in has:
                 own = ", ".join(option for option in OPTIONS if option in has)
                 raise ValueError(f"{place}.{name}: {self.attack} has no such setting; it has {own}")
-        if self.nearest is not None and self.nearest != issubclass(kind, MinimumNorm) and not self.attack.startswith("fab"):
-            does = "always" if issubclass(kind, MinimumNorm) else "never"
-            raise ValueError(f"{place}.nearest: {self.attack} {does} looks for the nearest point, got {self.nearest}")
         largest = 1.0 if self.norm == "linf" else math.sqrt(math.prod(shape))
         for eps in self.eps:
             if not 0 < eps <= largest:
@@ -94,13 +80,8 @@ class Robust(Base):
                 )
         check_engine(self._plain(self.eps[0]))
 
-    @property
-    def looks_for_nearest(self) -> bool:
-        """Whether one search serves all eps."""
-        return issubclass(ATTACKS[self.attack], MinimumNorm) if self.nearest is None else self.nearest
-
     def _plain(self, eps: float) -> Attack:
-        """The attack at one budget, without expectation over noise."""
+        """The attack at one budget, as it is."""
         kind = ATTACKS[self.attack]
         has = {f.name for f in fields(kind)}  # type: ignore[arg-type]
         options = {name: value for name in OPTIONS if name in has and (value := getattr(self, name)) is not None}
@@ -109,9 +90,7 @@ class Robust(Base):
     def attacker(self, eps: float, scratch: Path | None = None) -> Attack:
         """The attack at one budget; a cascade keeps its unfinished work in a folder, if there is one."""
         attack = self._plain(eps)
-        if isinstance(attack, AutoAttack) and scratch:
-            attack = replace(attack, state=scratch)
-        return Eot(attack, self.eot, self.average) if self.noise else attack
+        return replace(attack, state=scratch) if isinstance(attack, AutoAttack) and scratch else attack
 
     def resolved(self, subject: Subject) -> dict[str, Any]:
         plain = self._plain(self.eps[0])
@@ -119,8 +98,49 @@ class Robust(Base):
         defaults = {f.name: getattr(plain, f.name) for f in fields(plain) if f.name not in skip}  # type: ignore[arg-type]
         engine = {"engine_version": installed()[self.engine]} if self.engine in installed() else {}
         given = {name: value for name, value in self.model_dump(mode="json").items() if value is not None}
-        resolved = {**given, **defaults, **engine, "noise": self._sigma(subject), "nearest": self.looks_for_nearest}
+        resolved = {**given, **defaults, **engine}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in resolved.items()}
+
+
+class Robust(Attacking):
+    """Accuracy under an attack, at several budgets.
+
+    Attributes:
+        queries: forward passes allowed per image.
+        nearest: look once for the nearest adversarial point, and read the accuracy at every eps off its distance; so do the
+            minimum-norm attacks, and "fab" if asked to.
+        noise: standard deviation of Gaussian noise added to the input at inference ("noisy logits"), or "sigma" for the
+            defense's own: then the smoothed classifier is attacked, and judged by its mean prediction.
+        eot: noise draws per gradient.
+        average: "loss" or "probability" over those draws; "probability" is the smoothed classifier's soft score.
+    """
+
+    kind: Literal["robust"] = "robust"
+    queries: int | None = Field(None, ge=1)
+    nearest: bool | None = None
+    noise: Number | Literal["sigma"] = 0.0
+    eot: int = Field(1, ge=1)
+    average: Literal["loss", "probability"] = "loss"
+
+    def check(self, place: str, shape: tuple[int, int, int]) -> None:
+        super().check(place, shape)
+        kind = ATTACKS[self.attack]
+        if self.nearest is not None and self.nearest != issubclass(kind, MinimumNorm) and not self.attack.startswith("fab"):
+            does = "always" if issubclass(kind, MinimumNorm) else "never"
+            raise ValueError(f"{place}.nearest: {self.attack} {does} looks for the nearest point, got {self.nearest}")
+
+    @property
+    def looks_for_nearest(self) -> bool:
+        """Whether one search serves all eps."""
+        return issubclass(ATTACKS[self.attack], MinimumNorm) if self.nearest is None else self.nearest
+
+    def attacker(self, eps: float, scratch: Path | None = None) -> Attack:
+        """The attack at one budget, under noise as its expectation."""
+        attack = super().attacker(eps, scratch)
+        return Eot(attack, self.eot, self.average) if self.noise else attack
+
+    def resolved(self, subject: Subject) -> dict[str, Any]:
+        return {**super().resolved(subject), "noise": self._sigma(subject), "nearest": self.looks_for_nearest}
 
     def _sigma(self, subject: Subject) -> float:
         if self.noise != "sigma":

@@ -9,11 +9,13 @@ from matplotlib.figure import Figure
 
 from bench.plots.certificates import certified, estimators
 from bench.plots.robust import robust
+from bench.plots.saliency import saliency
 from bench.plots.training import training
+from bench.plots.transfer import transfer
 from bench.plots.variance import variance
 from bench.store import Store
 
-__all__ = ["certified", "draw", "estimators", "robust", "training", "variance"]
+__all__ = ["certified", "draw", "estimators", "robust", "saliency", "training", "transfer", "variance"]
 
 
 def draw(store: Store, suite: str, out: Path) -> list[Path]:
@@ -32,6 +34,10 @@ def draw(store: Store, suite: str, out: Path) -> list[Path]:
         figures[f"estimators{suffix}"] = estimators(chosen)
         figures[f"robust{suffix}"] = robust(chosen)
         figures[f"variance{suffix}"] = variance(chosen)
+        pages = saliency(chosen, store)
+        for number, page in enumerate(pages, start=1):
+            figures[f"saliency{suffix}_{number}" if len(pages) > 1 else f"saliency{suffix}"] = page
+        figures[f"transfer{suffix}"] = transfer(chosen)
     files = []
     for name, figure in figures.items():
         if figure is not None:

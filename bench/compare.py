@@ -1,0 +1,201 @@
+"""Two defenses on the same images: every number they share, the paired difference, its interval, and a test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from bench import metrics
+from bench.evals.diversity import UNITS
+from bench.evals.vulnerability import VULNERABILITY
+from bench.store import Record, Store
+from bench.suites import unknown
+
+LEVEL = 1 - metrics.CONFIDENCE
+"""Of the verdicts, for all rows of a comparison together (Holm 1979)."""
+
+Values = dict[str, pd.Series]
+"""A number of an evaluation -> its value of every image, by image id; the number is their mean."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One number of two defenses.
+
+    Attributes:
+        evaluation, number: which.
+        n, seeds: images that both were asked about, and training seeds that both have.
+        a, b: the means over images and seeds.
+        difference, lower, upper: a - b, with its interval over images, for the networks as they are.
+        each: the difference of every seed.
+        p: McNemar's exact test for the verdicts of one seed, else a sign-flip test over images; ``holm`` is it, corrected.
+    """
+
+    evaluation: str
+    number: str
+    n: int
+    seeds: int
+    a: float
+    b: float
+    difference: float
+    lower: float
+    upper: float
+    each: tuple[float, ...]
+    p: float
+    holm: float = 1.0
+
+    @property
+    def verdict(self) -> str:
+        """In words."""
+        if self.holm > LEVEL:
+            return "no difference shown"
+        return "higher" if self.difference > 0 else "lower"
+
+
+def compare(
+    store: Store, first: str, second: str, suite: str, budget: str = "quick", only: Sequence[str] = ()
+) -> list[Difference]:
+    """Every number that two variants share at a budget of a suite, as ``first`` less ``second``.
+
+    Raises:
+        ValueError: if one has no finished records there, or they share no number; says what there is.
+    """
+    found = {name: _finished(store, suite, budget, name) for name in (first, second)}
+    rows: list[Difference] = []
+    for evaluation in dict.fromkeys(name for name, _ in found[first]):
+        seeds = sorted({seed for name, seed in found[first].keys() & found[second].keys() if name == evaluation})
+        if seeds and (not only or evaluation in only):
+            pairs = [(found[first][evaluation, seed], found[second][evaluation, seed]) for seed in seeds]
+            rows += _of_evaluation(store, evaluation, pairs)
+    if not rows:
+        raise ValueError(f"{first} and {second} share no number of images in {suite} at budget {budget}")
+    corrected = metrics.holm([row.p for row in rows])
+    return [replace(row, holm=p) for row, p in zip(rows, corrected, strict=True)]
+
+
+def _finished(store: Store, suite: str, budget: str, variant: str) -> dict[tuple[str, int], Record]:
+    records = [r for r in store.records(suite) if r.suite["budget"] == budget and r.status == "success"]
+    names = {record.defense["variant"] for record in records}
+    if variant not in names:
+        raise ValueError(f"no finished records of budget {budget} under {store.root / suite}: {unknown(variant, names)}")
+    return {(r.eval["name"], r.seed): r for r in records if r.defense["variant"] == variant}
+
+
+def _of_evaluation(store: Store, evaluation: str, pairs: Sequence[tuple[Record, Record]]) -> list[Difference]:
+    """The numbers of one evaluation, of records that answer the same question on the same images."""
+    for a, b in pairs:
+        asked = [{**record.eval["fields"], "images": record.hashes["images"]} for record in (a, b)]
+        if asked[0] != asked[1]:
+            return []
+    tables = [tuple(per_image(record, store.rows(record)) for record in pair) for pair in pairs]
+    shared = [number for number in tables[0][0] if all(number in values for pair in tables for values in pair)]
+    return [_difference(evaluation, number, [(a[number], b[number]) for a, b in tables]) for number in shared]
+
+
+def _difference(evaluation: str, number: str, pairs: Sequence[tuple[pd.Series, pd.Series]]) -> Difference:
+    frames = [pd.DataFrame({"a": a, "b": b}).dropna().astype(float) for a, b in pairs]
+    means = pd.concat(frames).groupby(level=0).mean()
+    apart = (means.a - means.b).to_numpy()
+    low, high = metrics.bootstrap_mean(apart)
+    verdicts = len(frames) == 1 and set(np.unique(means.to_numpy())) <= {0.0, 1.0}
+    p = metrics.mcnemar(int((apart > 0).sum()), int((apart < 0).sum())) if verdicts else metrics.sign_flip(apart)
+    each = tuple(float((frame.a - frame.b).mean()) for frame in frames)
+    a, b, mean = float(means.a.mean()), float(means.b.mean()), float(apart.mean())
+    return Difference(evaluation, number, len(means), len(frames), a, b, mean, low, high, each, p)
+
+
+def per_image(record: Record, rows: pd.DataFrame) -> Values:
+    """What of a record is a mean over all images, image by image; nothing for kinds of evaluations without such numbers."""
+    values = _KINDS.get(record.eval["fields"].get("kind", ""), lambda fields, rows: {})(record.eval["fields"], rows)
+    return {number: pd.Series(np.asarray(own), index=ids.to_numpy()) for number, (ids, own) in values.items()}
+
+
+Found = dict[str, tuple[pd.Series, Any]]
+
+
+def _clean(fields: Mapping[str, Any], rows: pd.DataFrame) -> Found:
+    return {"clean accuracy": (rows.id, rows.prediction == rows.label)}
+
+
+def _robust(fields: Mapping[str, Any], rows: pd.DataFrame) -> Found:
+    found: Found = {}
+    for eps in fields["eps"]:
+        part = rows if fields["nearest"] else rows[rows.eps == eps]
+        near = part.distance <= (eps if fields["nearest"] else np.inf)
+        found[f"accuracy at eps {eps:g}"] = part.id, ~(part.broken & near)
+    return found
+
+
+def _certified(fields: Mapping[str, Any], rows: pd.DataFrame) -> Found:
+    found: Found = {}
+    for radius in fields["radii"]:
+        part = rows[rows.asked == radius] if "asked" in rows else rows
+        found[f"certified accuracy at {radius:g}"] = part.id, (part.prediction == part.label) & (part.radius >= radius)
+    return found
+
+
+def _diversity(fields: Mapping[str, Any], rows: pd.DataFrame) -> Found:
+    names = [name for name in (*UNITS, *VULNERABILITY) if name in rows]
+    return {name.replace("_", " "): (rows.id, rows[name]) for name in names}
+
+
+_KINDS: dict[str, Callable[[Mapping[str, Any], pd.DataFrame], Found]] = {
+    "clean": _clean,
+    "robust": _robust,
+    "certified": _certified,
+    "diversity": _diversity,
+}
+
+
+def table(rows: Sequence[Difference], first: str, second: str, fmt: str = "text") -> str:
+    """The comparison as text, Markdown, CSV or JSON.
+
+    Raises:
+        ValueError: for another format.
+    """
+    if fmt in ("csv", "json"):
+        frame = pd.DataFrame([{**asdict(row), "each": " ".join(map(repr, row.each)), "verdict": row.verdict} for row in rows])
+        return frame.to_csv(index=False).strip() if fmt == "csv" else frame.to_json(orient="records", indent=1)
+    if fmt not in FORMATS:
+        raise ValueError(f"unknown format {fmt!r}; known are {', '.join(FORMATS)}")
+    from tabulate import tabulate
+
+    lines = []
+    for row in rows:
+        percent = "accuracy" in row.number
+        shown = [_short(value, percent) for value in (row.a, row.b, row.difference, row.lower, row.upper)]
+        each = " ".join(_short(value, percent) for value in row.each) if row.seeds > 1 else ""
+        lines.append(
+            [row.evaluation, row.number, row.n, *shown[:3], f"[{shown[3]}, {shown[4]}]", each, f"{row.holm:.3g}", row.verdict]
+        )
+    headings = [
+        "eval",
+        "number",
+        "images",
+        first,
+        second,
+        "difference",
+        "95 % interval",
+        "of each seed",
+        "p (Holm)",
+        f"{first} is",
+    ]
+    grid = str(tabulate(lines, headings, tablefmt={"text": "simple", "md": "github"}[fmt], disable_numparse=True))
+    return f"{grid}\n\n{CAPTION}"
+
+
+FORMATS = ("text", "md", "csv", "json")
+
+CAPTION = (
+    "Accuracies in percent. Paired on the same images, means over the training seeds that both have. Intervals (bootstrap) and "
+    "tests are over images, for the networks as they were trained: McNemar's exact test for one seed's verdicts, else "
+    "sign flips; p is corrected by Holm over all rows."
+)
+
+
+def _short(value: float, percent: bool) -> str:
+    return f"{100 * value:.1f}" if percent else f"{value:.4g}"

@@ -1,0 +1,126 @@
+"""Transfer between the members of an ensemble as heat maps: rows are sources, columns are targets (methods 9.4)."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from itertools import groupby
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
+
+from bench.columns import crafted
+from bench.store import Metric, Record
+
+Matrix = dict[tuple[str, str], Metric]
+"""(source, target) -> a number."""
+
+HOLE = math.nan
+
+DARK = 55.0
+"""Percentage above which a cell is so dark that its number is white."""
+
+
+def transfer(records: list[Record]) -> Figure | None:
+    """A panel a defense, or an evaluation and defense: transfer rates of the images that all members get right, at one eps.
+
+    The eps is the middle one of the evaluation's; of several seeds the mean is shown, a hole where one of them has a hole.
+    """
+    records = [record for record in records if record.eval["fields"].get("kind") == "transfer" and record.metrics]
+    records.sort(key=lambda record: (*_panel(record), record.seed))
+    if not records:
+        return None
+    groups = [(panel, list(group)) for panel, group in groupby(records, key=_panel)]
+    largest = max(len(_names([matrix_of(record) for record in group])) for _, group in groups)
+    columns = min(len(groups), 3)
+    rows = -(-len(groups) // columns)
+    # A cell has room for three digits; names and a title take an inch.
+    side = 1.1 + max(1.6, 0.36 * largest)
+    figure = Figure(figsize=(columns * (side + 0.3) + 0.9, rows * (side + 0.1) + 0.8), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for spare in panels[len(groups) :]:
+        spare.set_visible(False)
+    several = len({name for (name, _), _ in groups}) > 1
+    for axes, ((name, variant), group) in zip(panels, groups, strict=False):
+        shown = _draw(axes, [matrix_of(record) for record in group])
+        title = textwrap.fill(f"{variant}, {name}" if several else variant, int(15 * side))
+        axes.set_title(f"{title}\n{_facts(group)}", fontsize=8)
+    bar = figure.colorbar(shown, ax=panels, shrink=0.8, aspect=30, pad=0.02)
+    bar.set_label("target is wrong (%)", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    figure.supxlabel(_small_print(records, figure.get_figwidth()), fontsize=6, color="#444444")
+    return figure
+
+
+def _panel(record: Record) -> tuple[str, str]:
+    return record.eval["name"], record.defense["variant"]
+
+
+def middle(record: Record) -> float:
+    """The eps that is shown."""
+    found = sorted(record.eval["fields"]["eps"])
+    return float(found[len(found) // 2])
+
+
+def matrix_of(record: Record) -> Matrix:
+    """The transfer rates of the images that all members get right, at the middle eps; empty where there is no such image."""
+    chosen = [m for m in record.metrics if m.metric == "transfer_rate" and m.denominator == "all_correct"]
+    return {(m.source or "", m.target or ""): m for m in chosen if m.eps == middle(record)}
+
+
+def _names(matrices: list[Matrix]) -> list[str]:
+    """Members by number, then the ensemble."""
+    found = {source for matrix in matrices for source, _ in matrix}
+    return sorted(found, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0))
+
+
+def _draw(axes: Axes, matrices: list[Matrix]) -> AxesImage:
+    """One heat map; what is crafted on its own target, the white-box attack, has a frame."""
+    names = _names(matrices)
+    grid = [[_mean([matrix.get((source, target)) for matrix in matrices]) for target in names] for source in names]
+    shown = axes.imshow(grid or [[HOLE]], cmap="Blues", vmin=0, vmax=100)
+    for row, line in enumerate(grid):
+        for column, value in enumerate(line):
+            text, colour = ("–", "black") if math.isnan(value) else (f"{value:.0f}", "white" if value > DARK else "black")
+            axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
+        axes.add_patch(Rectangle((row - 0.47, row - 0.47), 0.94, 0.94, fill=False, edgecolor="#D55E00", lw=1.2))
+    if not names:
+        axes.text(0, 0, "no image is right\nby all members", ha="center", va="center", fontsize=7)
+    else:
+        axes.axhline(len(names) - 1.5, color="black", lw=0.8)
+        axes.axvline(len(names) - 1.5, color="black", lw=0.8)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(labelsize=7, length=0)
+    axes.set_xlabel("target: judged by member", fontsize=8)
+    axes.set_ylabel("source: crafted on member", fontsize=8)
+    return shown
+
+
+def _mean(numbers: list[Metric | None]) -> float:
+    """Mean over seeds in percent; a hole where one has none."""
+    values = [HOLE if metric is None else 100 * metric.value for metric in numbers]
+    return sum(values) / len(values)
+
+
+def _facts(group: list[Record]) -> str:
+    """The budget, and how many images count."""
+    norm = {"linf": r"\ell_\infty", "l2": r"\ell_2"}[group[0].eval["fields"]["norm"]]
+    counts = sorted({metric.n for record in group for metric in matrix_of(record).values()}) or [0]
+    images = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+    seeds = f", mean of {len(group)} seeds" if len(group) > 1 else ""
+    of = group[0].eval["fields"]["images"]
+    return f"${norm}$, $\\epsilon$ = {middle(group[0]):.4g}; {images} of {of} images{seeds}"
+
+
+def _small_print(records: list[Record], width: float) -> str:
+    """What was measured on what, and how to read it."""
+    suites = sorted({f"{r.suite['name']} v{r.suite['version']}, budget {r.suite['budget']}" for r in records})
+    lines = [
+        f"{', '.join(suites)}; {', '.join(sorted({record.hashes.get('data', 'unknown data') for record in records}))}",
+        "percentage of the images that all members get right as they are; framed: crafted on the target itself (white-box)",
+        *sorted({f"{record.eval['name']}: {crafted(record)}" for record in records}),
+    ]
+    return "\n".join(textwrap.fill(line, int(22 * width)) for line in lines)

@@ -1,0 +1,146 @@
+"""Paired comparisons: tests with known answers, differences by hand, and the command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from bench import cli
+from bench.compare import Difference, compare, table
+from bench.metrics import holm, mcnemar, sign_flip
+from bench.runner import Request, Run
+from bench.store import Store
+
+
+def test_mcnemar_is_a_fair_coin_over_the_discordant_images() -> None:
+    assert mcnemar(0, 0) == 1.0
+    assert mcnemar(5, 0) == pytest.approx(2 / 32) and mcnemar(0, 5) == pytest.approx(2 / 32)
+    assert mcnemar(10, 10) == pytest.approx(1.0)
+    assert mcnemar(2, 8) == pytest.approx(2 * sum(stats.binom.pmf(k, 10, 0.5) for k in range(3)))
+
+
+def test_holm_multiplies_the_smallest_most_and_never_reorders() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_is_monotone_and_no_smaller_than_what_it_corrects(ps: list[float]) -> None:
+    corrected = holm(ps)
+    assert all(p <= q <= 1 for p, q in zip(ps, corrected, strict=True))
+    order = np.argsort(ps, kind="stable")
+    assert all(corrected[a] <= corrected[b] for a, b in pairwise(order))
+
+
+def test_sign_flips_are_exact_for_few_and_uniform_under_no_difference() -> None:
+    """All of 8 differences 1: only the two constant signs of 256 reach the sum. Under symmetry p < .05 in 5 % of samples."""
+    assert sign_flip(np.ones(8)) == pytest.approx(2 / 256, abs=0.004)
+    assert sign_flip(np.zeros(5)) == 1.0
+    rng = np.random.default_rng(1)
+    low = sum(sign_flip(rng.normal(size=40), flips=199) <= 0.05 for _ in range(1000))
+    assert 25 <= low <= 80
+    assert sign_flip(rng.normal(size=40) + 2) == pytest.approx(1e-4)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """naive and adp on digits, two seeds."""
+    folder = tmp_path_factory.mktemp("compare")
+    suite = folder / "pair.toml"
+    suite.write_text(
+        'name = "pair"\nversion = 1\ndataset = "digits"\narchitecture = "lenet5"\ntrain_images = 128\nvalidation_images = 20\n'
+        '[recipe]\nepochs = 3\nbatch = 32\noptimizer = "adam"\nlr = 0.01\n'
+        '[evals.clean]\nkind = "clean"\nimages = 60\n'
+        '[evals.fgsm]\nkind = "robust"\nattack = "fgsm"\nnorm = "linf"\neps = ["0.02", "0.1"]\nimages = 60\n'
+        '[evals.diversity]\nkind = "diversity"\nimages = 20\ndistilled = 10\n'
+    )
+    request = Request(defense="naive,adp", suite=str(suite), device="cpu", runs=folder / "runs", seeds=(0, 1))
+    records = Run(request).execute()
+    assert all(record.status == "success" for record in records)
+    return Store(folder / "runs")
+
+
+def of(rows: list[Difference], evaluation: str, number: str) -> Difference:
+    (row,) = [row for row in rows if (row.evaluation, row.number) == (evaluation, number)]
+    return row
+
+
+def test_differences_are_those_of_the_records_numbers(store: Store) -> None:
+    rows = compare(store, "adp", "naive", "pair")
+    values = {(r.defense["variant"], r.seed, m.metric, m.eps): m.value for r in store.records() for m in r.metrics if m.n == 60}
+    clean = of(rows, "clean", "clean accuracy")
+    assert clean.n == 60 and clean.seeds == 2
+    for seed in (0, 1):
+        apart = values["adp", seed, "clean_accuracy", None] - values["naive", seed, "clean_accuracy", None]
+        assert clean.each[seed] == pytest.approx(apart)
+    assert clean.difference == pytest.approx(sum(clean.each) / 2) and clean.lower <= clean.difference <= clean.upper
+    fgsm = of(rows, "fgsm", "accuracy at eps 0.1")
+    assert fgsm.a == pytest.approx(sum(values["adp", seed, "robust_accuracy", 0.1] for seed in (0, 1)) / 2)
+    turned = of(compare(store, "naive", "adp", "pair"), "fgsm", "accuracy at eps 0.1")
+    assert turned.difference == pytest.approx(-fgsm.difference) and turned.p == pytest.approx(fgsm.p)
+
+
+def test_what_adp_is_for_is_shown_on_the_same_images(store: Store) -> None:
+    rows = compare(store, "adp", "naive", "pair", only=("diversity",))
+    assert {row.evaluation for row in rows} == {"diversity"}
+    diversity = of(rows, "diversity", "log diversity")
+    assert diversity.difference > 0 and diversity.n == 20
+    assert of(rows, "diversity", "vulnerability diversity").n == 10
+    assert replace(diversity, holm=0.01).verdict == "higher" and replace(diversity, holm=0.2).verdict == "no difference shown"
+
+
+def test_a_defense_does_not_differ_from_itself(store: Store) -> None:
+    for row in compare(store, "naive", "naive", "pair"):
+        assert (row.difference, row.lower, row.upper, row.p, row.holm) == (0, 0, 0, 1, 1)
+        assert row.verdict == "no difference shown"
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("gal", "naive"), "unknown 'gal'; Known are adp, naive"),
+        (("adp", "naive", "--budget", "paper"), "no finished records of budget paper"),
+        (("adp", "naive", "--only", "pgd"), "share no number"),
+        (("adp", "naive", "--format", "pdf"), "unknown format 'pdf'; known are text, md, csv, json"),
+    ],
+)
+def test_wrong_requests_get_one_line(
+    store: Store, words: tuple[str, ...], text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", "compare", *words, "--suite", "pair", "--runs", str(store.root)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    shown = capsys.readouterr()
+    assert end.value.code == 2 and text in shown.err and len(shown.err.splitlines()) == 1 and not shown.out
+
+
+@pytest.mark.parametrize("fmt", ["text", "md", "csv", "json"])
+def test_every_format_holds_every_row(store: Store, fmt: str) -> None:
+    rows = compare(store, "adp", "naive", "pair")
+    text = table(rows, "adp", "naive", fmt)
+    assert all(row.number in text for row in rows)
+    if fmt == "json":
+        assert json.loads(text)[0]["difference"] == pytest.approx(rows[0].difference, abs=1e-9)
+    elif fmt != "csv":
+        assert "Paired on the same images" in text and f"{100 * rows[0].a:.1f}" in text
+
+
+def test_other_images_are_not_compared(store: Store, tmp_path: Path) -> None:
+    """Records of the same name that asked about other images share no number."""
+    copied = Store(tmp_path)
+    for record in store.records():
+        changed = {**record.hashes, "images": "sha256:0"} if record.defense["name"] == "adp" else record.hashes
+        twin = record.model_copy(update={"hashes": changed})
+        copied.write(twin)
+        copied.write_rows(twin, store.rows(record))
+    with pytest.raises(ValueError, match="share no number"):
+        compare(copied, "adp", "naive", "pair")
