@@ -44,9 +44,9 @@ def run(members: Sequence[Classifier], images: Seen) -> Tensor:
 def pays(members: Sequence[Classifier], images: Seen) -> bool:
     """Whether grouping was measured to be faster: on the CPU, for several tiny members that all see the same images.
 
-    Measured on AVX2 with 3 to 8 LeNet-5 and batches of 32 and 128: a forward pass is 1.5 to 2.2 times as fast, with gradients of
-    weights 1.1 to 1.3 times, with those of the shared images 1.2 to 1.3 times. GAL, where every member has images of its own,
-    is 0.86 to 1.03 times as fast; ResNet-20 0.7 to 0.95 times, whatever is asked of it.
+    Measured on AVX2 with 3 to 8 LeNet-5 and batches of 32 and 128: a forward pass is 1.5 to 2.2 times as fast, with gradients
+    of weights 1.1 to 1.3 times, with those of the shared images 1.2 to 1.3 times. GAL, where every member has images of its
+    own, is 0.86 to 1.03 times as fast; ResNet-20 0.7 to 0.95 times, whatever is asked of it.
     """
     if len(members) < 2 or not isinstance(images, Tensor) or images.dim() != 4 or images.device.type != "cpu":
         return False
