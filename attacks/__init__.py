@@ -1,5 +1,6 @@
 """Adversarial attacks: maths only, knows torch and nothing of this project."""
 
+from attacks.all_steps import AllSteps
 from attacks.apgd import Apgd, ApgdT
 from attacks.api import Attack, AttackResult
 from attacks.autoattack import AutoAttack
@@ -30,6 +31,7 @@ ATTACKS: dict[str, type[Attack]] = {
 
 __all__ = [
     "ATTACKS",
+    "AllSteps",
     "Apgd",
     "ApgdT",
     "Attack",

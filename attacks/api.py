@@ -222,3 +222,25 @@ def _fingerprint(model: Model) -> list[Any]:
     tensors = [*model.parameters(), *model.buffers()]
     grads = [(id(t.grad), t.grad._version) if t.grad is not None else None for t in tensors]
     return [modes, [(t._version, t.requires_grad) for t in tensors], grads]
+
+
+@dataclass(frozen=True)
+class Around(Attack):
+    """An attack that lets another one search in its own way; norm, eps and batch are the other's.
+
+    Attributes:
+        inner: the other.
+    """
+
+    inner: Any
+
+    @property
+    def norm(self) -> str:
+        return str(self.inner.norm)
+
+    @property
+    def eps(self) -> float:
+        return float(self.inner.eps)
+
+    def batch(self, device: torch.device) -> int:
+        return int(self.inner.batch(device))

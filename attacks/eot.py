@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
-from attacks.api import Attack, Search
+from attacks.api import Around, Search
 from attacks.oracle import Oracle
 from attacks.streams import Streams
 
@@ -15,7 +14,7 @@ AVERAGES = ("loss", "probability")
 
 
 @dataclass(frozen=True)
-class Eot(Attack):
+class Eot(Around):
     """Run ``inner`` on the average over fixed noise draws; success is judged on fresh ones (methods 8.9, 9.2).
 
     Attributes:
@@ -25,7 +24,6 @@ class Eot(Attack):
             input noise is the soft score of the smoothed classifier (SmoothAdv, Salman et al. 2019).
     """
 
-    inner: Attack
     draws: int = 20
     average: str = "loss"
 
@@ -34,17 +32,6 @@ class Eot(Attack):
             raise ValueError(f"EOT needs at least one draw, got {self.draws}")
         if self.average not in AVERAGES:
             raise ValueError(f"unknown average {self.average!r}; known are {', '.join(AVERAGES)}")
-
-    @property
-    def norm(self) -> str:
-        return self.inner.norm
-
-    @property
-    def eps(self) -> float:
-        return self.inner.eps
-
-    def batch(self, device: torch.device) -> int:
-        return self.inner.batch(device)
 
     def run(self, oracle: Oracle, x: Tensor, y: Tensor, streams: Streams | None) -> Search:
         return self.inner.search(replace(oracle, draws=self.draws, average=self.average), x, y, streams)

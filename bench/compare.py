@@ -11,6 +11,7 @@ import pandas as pd
 
 from bench import metrics
 from bench.evals.diversity import UNITS
+from bench.evals.robust import within
 from bench.evals.vulnerability import VULNERABILITY
 from bench.store import Record, Store
 from bench.suites import unknown
@@ -124,8 +125,8 @@ def _clean(fields: Mapping[str, Any], rows: pd.DataFrame) -> Found:
 def _robust(fields: Mapping[str, Any], rows: pd.DataFrame) -> Found:
     found: Found = {}
     for eps in fields["eps"]:
-        part = rows if fields["nearest"] else rows[rows.eps == eps]
-        near = part.distance <= (eps if fields["nearest"] else np.inf)
+        # Records from before searches for the nearest point do not have the field.
+        part, near = within(rows, eps, fields.get("nearest", False))
         found[f"accuracy at eps {eps:g}"] = part.id, ~(part.broken & near)
     return found
 

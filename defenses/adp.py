@@ -15,12 +15,12 @@ from torch import Tensor
 
 from defenses.api import Classifier, Task
 from defenses.ensemble import Ensemble
-from defenses.joint import EnsembleLoss, TrainedTogether, cross_entropies
+from defenses.joint import SummedLoss, TrainedTogether, cross_entropies
 from defenses.training import Batch
 
 
 @dataclass(frozen=True)
-class AdaptiveDiversity(EnsembleLoss):
+class AdaptiveDiversity(SummedLoss):
     """sum_m CE_m - alpha H(mean p) - beta ln det(W^T W + 1e-6 I), means over the batch.
 
     Attributes:
@@ -39,9 +39,6 @@ class AdaptiveDiversity(EnsembleLoss):
             "entropy": -self.alpha * entropy(p.mean(0)).mean(),
             "diversity": -self.beta * log_diversity(p, batch.y).mean(),
         }
-
-    def errors(self, net: Ensemble, x: Tensor, batch: Batch) -> Tensor:
-        return cross_entropies(list(net.member_logits(x)), batch.y, batch.label_smoothing).sum()
 
 
 def entropy(p: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from attacks.streams import generator
 from defenses.api import Classifier, Task
 from defenses.ensemble import Ensemble
 from defenses.features import features, layers
-from defenses.joint import EnsembleLoss, Together, TrainedTogether, cross_entropies, plain
+from defenses.joint import SummedLoss, Together, TrainedTogether, cross_entropies, plain
 from defenses.nets import ARCHITECTURES, Network
 from defenses.smd import SaliencyDiversity, check_saliency
 from defenses.training import Batch
@@ -77,7 +77,7 @@ def distil(feature: Callable[[Tensor], Tensor], x: Tensor, target: Tensor, eps: 
 
 
 @dataclass(frozen=True)
-class VulnerabilityDiversity(EnsembleLoss):
+class VulnerabilityDiversity(SummedLoss):
     """sum_i sum_{j != i} CE(f_i(x'_j), y): x'_j looks like x, but member j sees another image in it.
 
     Attributes:
@@ -94,9 +94,6 @@ class VulnerabilityDiversity(EnsembleLoss):
 
     def __call__(self, net: Ensemble, batch: Batch, needs: Sequence[Classifier]) -> dict[str, Tensor]:
         return {"ce": transferred(net.members, self.distilled(net, batch), batch).sum()}
-
-    def errors(self, net: Ensemble, x: Tensor, batch: Batch) -> Tensor:
-        return cross_entropies(list(net.member_logits(x)), batch.y, batch.label_smoothing).sum()
 
     def distilled(self, net: Ensemble, batch: Batch) -> list[Tensor]:
         """For every member the batch's images (n c h w), changed until it sees their partners."""

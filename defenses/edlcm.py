@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from defenses.api import Classifier, Task
 from defenses.ensemble import Ensemble
-from defenses.joint import EnsembleLoss, TrainedTogether, cross_entropies, input_gradients, pair_cosines
+from defenses.joint import SummedLoss, TrainedTogether, cross_entropies, input_gradients, pair_cosines
 from defenses.nets import Network, Normalise
 from defenses.training import Batch, evaluating
 
@@ -28,7 +28,7 @@ Score = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class LocalCurvature(EnsembleLoss):
+class LocalCurvature(SummedLoss):
     """sum_m CE_m + alpha sum_m |D_m|^p + beta sum_{i<j} cos(D_i, D_j), means over the batch (eqs. 9, 10).
 
     D_m is the change of member m's input gradient over a step h along its own sign direction, see :func:`changes`.
@@ -61,9 +61,6 @@ class LocalCurvature(EnsembleLoss):
         if self.beta:
             parts["alignment"] = self.beta * cosines(change).sum(0).mean()
         return parts
-
-    def errors(self, net: Ensemble, x: Tensor, batch: Batch) -> Tensor:
-        return cross_entropies(list(net.member_logits(x)), batch.y, batch.label_smoothing).sum()
 
     def step(self, epoch: int) -> float:
         """Length of the step in an epoch, counted from 0: h / ramp in the first, h from number ``ramp`` on."""

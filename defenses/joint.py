@@ -63,6 +63,13 @@ class EnsembleLoss(ABC):
         return {}
 
 
+class SummedLoss(EnsembleLoss):
+    """A loss whose cross-entropies are summed over members, as some papers have it."""
+
+    def errors(self, net: Any, x: Tensor, batch: Batch) -> Tensor:
+        return cross_entropies(list(net.member_logits(x)), batch.y, batch.label_smoothing).sum()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Together(Trained):
     """All members of an ensemble, trained by one loss ``(ensemble, batch, needs) -> parts``.
@@ -100,7 +107,8 @@ class Together(Trained):
                 return {**found, "validation_robust": float("nan")}
         broken = attack(net, images.floats(), images.labels, streams).broken
         watched = self.loss.watch(net, images.floats(), generator(self.seed, "watch", self.role, device=task.device))
-        return {**found, "validation_robust": float((~broken).double().mean()), **watched}
+        robust = float((~broken).double().mean())
+        return {**found, "validation_robust": robust, **{f"validation_{name}": value for name, value in watched.items()}}
 
     def make(self, task: Task, needs: Sequence[Weights], workshop: Workshop) -> Weights:
         ensemble = assembled(task, self.members, self.slope, self.seed, self.architecture)

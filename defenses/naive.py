@@ -9,19 +9,16 @@ from typing import Any
 from torch import Tensor
 
 from defenses.api import Classifier, Parts, Task
-from defenses.joint import EnsembleLoss, TrainedTogether, cross_entropies, plain
+from defenses.joint import SummedLoss, TrainedTogether, plain
 from defenses.training import Batch
 
 
 @dataclass(frozen=True)
-class Separate(EnsembleLoss):
+class Separate(SummedLoss):
     """sum_m CE_m, which no member shares with another."""
 
     def __call__(self, net: Any, batch: Batch, needs: Sequence[Classifier]) -> dict[str, Tensor]:
         return {"ce": self.errors(net, batch.x, batch)}
-
-    def errors(self, net: Any, x: Tensor, batch: Batch) -> Tensor:
-        return cross_entropies(list(net.member_logits(x)), batch.y, batch.label_smoothing).sum()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,8 +119,7 @@ def certify(  # noqa: PLR0913 (a public contract; everything after sigma has a d
         ValueError: for an unknown estimator, an empty grid where one is needed, or parameters out of range.
     """
     question = Question(sigma, alpha, n, tuple(radii))
-    options = {"n0": n0, "estimator": estimator, "labels": labels, "streams": streams, "batch": batch}
-    return certify_together([base], x, question, **options)[0]  # type: ignore[arg-type]
+    return certify_together([base], x, question, n0=n0, estimator=estimator, labels=labels, streams=streams, batch=batch)[0]
 
 
 def certify_together(  # noqa: PLR0913 (as certify)

@@ -144,3 +144,13 @@ def test_other_images_are_not_compared(store: Store, tmp_path: Path) -> None:
         copied.write_rows(twin, store.rows(record))
     with pytest.raises(ValueError, match="share no number"):
         compare(copied, "adp", "naive", "pair")
+
+
+def test_records_of_before_a_field_are_compared(store: Store, tmp_path: Path) -> None:
+    copied = Store(tmp_path)
+    for record in store.records():
+        fields = {name: value for name, value in record.eval["fields"].items() if name not in ("nearest", "engine")}
+        twin = record.model_copy(update={"eval": record.eval | {"fields": fields}})
+        copied.write(twin)
+        copied.write_rows(twin, store.rows(record))
+    assert compare(copied, "adp", "naive", "pair") == compare(store, "adp", "naive", "pair")

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_training import Bench, resumed
 from torch import Tensor, nn
 
 from attacks.streams import generator
 from bench.registry import resolve
 from bench.runner import Request, Run
-from defenses.api import Images, Recipe, Task, Weights
+from defenses.api import Images, Recipe, Task
 from defenses.combine import Mean
 from defenses.dverge import (
     CRAFT_BN,
@@ -466,35 +467,11 @@ def test_members_begin_as_those_of_the_naive_ensemble() -> None:
     assert all(torch.equal(made[f"networks.{m}.{name}"], value) for m in range(3) for name, value in begin[m].items())
 
 
-class Bench:
-    """A workshop in memory that can stop the work after some checkpoints."""
-
-    def __init__(self, stop_after: int = 10**9) -> None:
-        self.kept: tuple[Weights, dict[str, Any]] | None = None
-        self.stop_after = stop_after
-
-    def load(self) -> tuple[Weights, dict[str, Any]] | None:
-        return self.kept
-
-    def save(self, weights: Weights, state: dict[str, Any]) -> None:
-        self.kept = {name: tensor.detach().clone() for name, tensor in weights.items()}, {"log": list(state["log"])}
-        self.stop_after -= 1
-        if self.stop_after == 0:
-            raise KeyboardInterrupt
-
-    def report(self, done: int, total: int, facts: dict[str, float]) -> None:
-        pass
-
-
 @pytest.mark.parametrize("defense", [Dverge(members=2), SmdPlus(members=2)])
 def test_continued_training_ends_with_the_same_bits(defense: Dverge) -> None:
     one = task(n=20)
-    part, begin = defense.part(one, 0), [network(one, generator(member)).state_dict() for member in range(2)]
-    whole, bench = part.make(one, begin, Bench()), Bench(stop_after=1)
-    with pytest.raises(KeyboardInterrupt):
-        part.make(one, begin, bench)
-    continued = part.make(one, begin, bench)
-    assert all(torch.equal(whole[name], continued[name]) for name in whole)
+    begin = [network(one, generator(member)).state_dict() for member in range(2)]
+    resumed(defense.part(one, 0), one, begin)
 
 
 def test_a_run_trains_the_naive_members_once_for_both(tiny: Path) -> None:

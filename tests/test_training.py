@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.streams import generator
-from defenses.api import Images, Recipe, Task, Weights
+from defenses.api import Images, Part, Recipe, Task, Weights
 from defenses.nets import ARCHITECTURES, network
 from defenses.recipe import settings
 from defenses.training import CrossEntropy, Trained, TrainingDiverged, augment
@@ -47,6 +48,24 @@ class Bench:
         self.reports.append(facts)
 
 
+def resumed(part: Part, one: Task, needs: Sequence[Weights] = (), stop_after: int = 1) -> Bench:
+    """Make a part at once, and again with a stop, and assert that both end with the same bits and touch no global randomness.
+
+    Returns:
+        the workshop, with the reports after the stop.
+    """
+    before = torch.random.get_rng_state()
+    whole = part.make(one, needs, Bench())
+    bench = Bench(stop_after)
+    with pytest.raises(KeyboardInterrupt):
+        part.make(one, needs, bench)
+    bench.reports.clear()
+    again = part.make(one, needs, bench)
+    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
+    assert torch.equal(before, torch.random.get_rng_state())
+    return bench
+
+
 def part(one: Task, **recipe: Any) -> Trained:
     changed = replace(one.recipe, **recipe)
     return Trained(role="plain", seed=0, architecture=one.architecture, recipe=changed, loss=CrossEntropy(sigma=0.1))
@@ -56,25 +75,12 @@ def part(one: Task, **recipe: Any) -> Trained:
 @pytest.mark.parametrize("stop", [1, 3])
 def test_continued_training_ends_with_the_same_bits(recipe: dict[str, Any], stop: int) -> None:
     one = task()
-    whole = part(one, **recipe).make(one, [], Bench())
-    bench = Bench(stop_after=stop)
-    with pytest.raises(KeyboardInterrupt):
-        part(one, **recipe).make(one, [], bench)
-    bench.reports.clear()
-    continued = part(one, **recipe).make(one, [], bench)
-    assert len(bench.reports) == 4 - stop
-    assert whole.keys() == continued.keys()
-    assert all(torch.equal(whole[name], continued[name]) for name in whole)
+    assert len(resumed(part(one, **recipe), one, stop_after=stop).reports) == 4 - stop
 
 
 def test_batchnorm_statistics_continue_too() -> None:
     one = task((3, 32, 32), "resnet20")
-    whole = part(one, epochs=2).make(one, [], Bench())
-    bench = Bench(stop_after=1)
-    with pytest.raises(KeyboardInterrupt):
-        part(one, epochs=2).make(one, [], bench)
-    continued = part(one, epochs=2).make(one, [], bench)
-    assert all(torch.equal(whole[name], continued[name]) for name in whole)
+    resumed(part(one, epochs=2), one)
 
 
 def test_training_lowers_the_loss_and_reports_every_epoch() -> None:

@@ -188,8 +188,7 @@ class Robust(Attacking):
     def summarise(self, rows: pd.DataFrame, subject: Subject) -> Outcome:
         numbers: list[Metric] = []
         for eps in self.eps:
-            part = rows if self.looks_for_nearest else rows[rows.eps == eps]
-            near = part.distance <= (eps if self.looks_for_nearest else math.inf)  # rounding puts points a hair beyond eps
+            part, near = within(rows, eps, self.looks_for_nearest)
             stands, right = ~(part.broken & near), part.clean_correct
             numbers.append(share("robust_accuracy", stands, eps=eps, denominator="all"))
             if right.any():
@@ -254,6 +253,15 @@ class Robust(Attacking):
                 evidence = {"eps": float(eps), "images": hit.id.tolist()[:20]}  # type: ignore[arg-type]
                 found.append(Finding(kind="square_helps", detail=detail, evidence=evidence))
         return found
+
+
+def within(rows: pd.DataFrame, eps: float, nearest: bool) -> tuple[pd.DataFrame, pd.Series]:
+    """The rows that tell of a budget, and whether each row's point lies in it: an image stands unless it is broken there.
+
+    Where every budget had a search of its own its points do, whose distances rounding may put a hair beyond eps.
+    """
+    part = rows if nearest else rows[rows.eps == eps]
+    return part, part.distance <= eps if nearest else pd.Series(True, index=part.index)
 
 
 def _spent(part: pd.DataFrame, eps: float | None) -> Metric:

@@ -7,22 +7,17 @@ and restarts, where DVERGE asks every target about every restart; EDLCM's TSR is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import permutations, product
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
 
-from attacks import Attack, Streams, ascend
-from attacks.api import Best, Search
-from attacks.gradient import STARTS, Pgd, classification
+from attacks import AllSteps, Attack, Streams
+from attacks.gradient import Pgd
 from attacks.minimum_norm import MinimumNorm
-from attacks.norms import per_row
-from attacks.oracle import Oracle, decide
+from attacks.oracle import decide
 from bench.evals.api import Outcome, Piece, Skipped, Subject, mean_of, share
 from bench.evals.robust import Attacking
 from bench.store import Metric
@@ -64,7 +59,7 @@ class Transfer(Attacking):
     def attacker(self, eps: float, scratch: Path | None = None) -> Attack:
         """The attack at one budget, made to take all its steps unless early stops are asked for."""
         attack = super().attacker(eps, scratch)
-        return Onward(attack) if _climbs(attack) and not self.early_stop else attack  # type: ignore[arg-type]
+        return AllSteps(attack) if _climbs(attack) and not self.early_stop else attack  # type: ignore[arg-type]
 
     def resolved(self, subject: Subject) -> dict[str, Any]:
         stops = {"early_stop": bool(self.early_stop)} if _climbs(self._plain(self.eps[0])) else {}
@@ -163,43 +158,3 @@ def _all_correct(part: pd.DataFrame, names: Sequence[str]) -> np.ndarray:
 def _climbs(attack: Attack) -> bool:
     """Whether it is our own loop of gradient steps."""
     return isinstance(attack, Pgd) and not attack.foreign
-
-
-@dataclass(frozen=True)
-class Onward(Attack):
-    """``inner`` with all its steps and restarts taken, whether the source is wrong already or not.
-
-    Of an image's points that fool the source the one of the highest loss is returned, of an image without such a point the one
-    of the highest loss: what ``inner`` breaks is broken, and nothing else.
-    """
-
-    inner: Pgd
-
-    @property
-    def norm(self) -> str:
-        return self.inner.norm
-
-    @property
-    def eps(self) -> float:
-        return self.inner.eps
-
-    def batch(self, device: torch.device) -> int:
-        return self.inner.batch(device)
-
-    def run(self, oracle: Oracle, x: Tensor, y: Tensor, streams: Streams | None) -> Search:
-        every, fooling = Best(x), Best(x)
-        objective = classification(oracle, y, self.inner.loss)
-
-        def endless(points: Tensor, rows: Tensor) -> tuple[Tensor, None]:
-            loss, wrong = objective(points, rows)
-            assert wrong is not None, "members that draw noise are skipped"
-            seen = loss.detach().to(x.dtype)
-            fooling.offer(rows, points.detach(), torch.where(wrong, seen, -torch.inf))
-            return loss, None
-
-        rows = torch.arange(len(x), device=x.device)
-        for restart in range(self.inner.restarts):
-            start = STARTS[self.inner.start](self.inner, x, streams.child("restart", restart) if streams else None)
-            found = ascend(endless, x, self.inner.walk(), start, oracle)
-            every.offer(rows, found.best, found.loss)
-        return Search(torch.where(per_row(fooling.score > -torch.inf, x), fooling.x_adv, every.x_adv))

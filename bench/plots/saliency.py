@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -14,6 +13,7 @@ import pandas as pd
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
+from bench.plots.style import SMALL, small_print, sources, suites
 from bench.store import Record, Store
 
 BLOCKS = 6
@@ -181,9 +181,5 @@ def _foot(figure: Figure, records: Sequence[Record]) -> None:
     bar.tick_params(labelsize=6, length=2)
     bar.set_xlabel("share of the map's maximum", fontsize=6, color="#444444")
     one = records[0]
-    suites = sorted({f"{r.suite['name']} v{r.suite['version']}, budget {r.suite['budget']}" for r in records})
-    sources = sorted({r.hashes.get("data", "unknown data") for r in records})
-    lines = [f"{', '.join(suites)}; the first test images of {', '.join(sources)}, {one.task.get('architecture')}", *MEANING]
-    letters = int(22 * (width - 1.8))  # that fit beside the scale
-    small = "\n".join(textwrap.fill(line, letters) for line in lines)
-    figure.text(SIDE / width, 0.08 / height, small, fontsize=6, color="#444444", va="bottom")
+    lines = [f"{suites(records)}; the first test images of {sources(records)}, {one.task.get('architecture')}", *MEANING]
+    figure.text(SIDE / width, 0.08 / height, small_print(lines, width - 1.8), va="bottom", **SMALL)  # beside the scale

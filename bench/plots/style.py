@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -95,13 +96,28 @@ def sheet(count: int, records: list[Record], extra: list[str]) -> tuple[Figure, 
         spare.set_visible(False)
     for axes in panels[:count]:
         tidy(axes)
-    suites = sorted({f"{r.suite['name']} v{r.suite['version']}, budget {r.suite['budget']}" for r in records})
     images = sorted({f"{r.eval['fields']['images']}" for r in records}, key=int)
-    sources = sorted({r.hashes.get("data", "unknown data") for r in records})
-    lines = [f"{', '.join(suites)}; {'/'.join(images)} images of {', '.join(sources)}; bands and bars: 95 % intervals", *extra]
-    letters = int(22 * figure.get_figwidth())  # that fit side by side at this size
-    figure.supxlabel("\n".join(textwrap.fill(line, letters) for line in lines), fontsize=6, color="#444444")
+    lines = [f"{suites(records)}; {'/'.join(images)} images of {sources(records)}; bands and bars: 95 % intervals", *extra]
+    figure.supxlabel(small_print(lines, figure.get_figwidth()), **SMALL)
     return figure, panels[:count]
+
+
+SMALL: dict[str, Any] = {"fontsize": 6, "color": "#444444"}
+
+
+def suites(records: Sequence[Record]) -> str:
+    """What records answer: suites, versions and budgets."""
+    return ", ".join(sorted({f"{r.suite['name']} v{r.suite['version']}, budget {r.suite['budget']}" for r in records}))
+
+
+def sources(records: Sequence[Record]) -> str:
+    """Where their images came from."""
+    return ", ".join(sorted({r.hashes.get("data", "unknown data") for r in records}))
+
+
+def small_print(lines: Sequence[str], width: float) -> str:
+    """Lines of size ``SMALL``, broken so that they fit into a width in inches."""
+    return "\n".join(textwrap.fill(line, int(22 * width)) for line in lines)
 
 
 def tidy(axes: Axes) -> None:

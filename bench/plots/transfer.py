@@ -12,6 +12,7 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
 from bench.columns import crafted
+from bench.plots.style import SMALL, small_print, sources, suites
 from bench.store import Metric, Record
 
 Matrix = dict[tuple[str, str], Metric]
@@ -50,7 +51,12 @@ def transfer(records: list[Record]) -> Figure | None:
     bar = figure.colorbar(shown, ax=panels, shrink=0.8, aspect=30, pad=0.02)
     bar.set_label("target is wrong (%)", fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    figure.supxlabel(_small_print(records, figure.get_figwidth()), fontsize=6, color="#444444")
+    lines = [
+        f"{suites(records)}; {sources(records)}",
+        "percentage of the images that all members get right as they are; framed: crafted on the target itself (white-box)",
+        *sorted({f"{record.eval['name']}: {crafted(record)}" for record in records}),
+    ]
+    figure.supxlabel(small_print(lines, figure.get_figwidth()), **SMALL)
     return figure
 
 
@@ -113,14 +119,3 @@ def _facts(group: list[Record]) -> str:
     seeds = f", mean of {len(group)} seeds" if len(group) > 1 else ""
     of = group[0].eval["fields"]["images"]
     return f"${norm}$, $\\epsilon$ = {middle(group[0]):.4g}; {images} of {of} images{seeds}"
-
-
-def _small_print(records: list[Record], width: float) -> str:
-    """What was measured on what, and how to read it."""
-    suites = sorted({f"{r.suite['name']} v{r.suite['version']}, budget {r.suite['budget']}" for r in records})
-    lines = [
-        f"{', '.join(suites)}; {', '.join(sorted({record.hashes.get('data', 'unknown data') for record in records}))}",
-        "percentage of the images that all members get right as they are; framed: crafted on the target itself (white-box)",
-        *sorted({f"{record.eval['name']}: {crafted(record)}" for record in records}),
-    ]
-    return "\n".join(textwrap.fill(line, int(22 * width)) for line in lines)
