@@ -12,6 +12,7 @@ from attacks.oracle import Oracle
 from defenses.api import Classifier, decided
 from defenses.combine import Rule
 from defenses.nets import Network
+from defenses.together import run
 
 
 class Ensemble(Classifier):
@@ -28,7 +29,7 @@ class Ensemble(Classifier):
 
     def member_logits(self, x: Tensor) -> Tensor:
         """Logits of every member: (m n k)."""
-        return torch.stack([network(x) for network in self.networks])
+        return run(self.members, x)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.rule(self.member_logits(x))

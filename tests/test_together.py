@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from attacks.streams import generator
 from defenses.api import Classifier, Wrapped
+from defenses.combine import Mean
+from defenses.ensemble import Ensemble
 from defenses.joint import pair_cosines
 from defenses.nets import BasicBlock, Network, Normalise, leaky, network
 from defenses.together import KEPT, grouped, obstacle, one_by_one, pays, run
@@ -247,11 +249,23 @@ def test_another_number_of_batches_than_of_members_is_refused() -> None:
 def test_tiny_members_that_see_the_same_images_are_grouped() -> None:
     one = task()
     nets = [network(one, generator(member)) for member in range(3)]
-    x = one.train.floats(slice(0, 8))
-    assert pays(nets, x) and torch.equal(run(nets, x), grouped(nets, x))
-    assert not pays(nets[:1], x)
-    assert not pays(nets, [x] * 3) and torch.equal(run(nets, [x] * 3), one_by_one(nets, [x] * 3))
+    x, cpu = one.train.floats(slice(0, 8)), torch.device("cpu")
+    assert pays(nets, cpu) and torch.equal(run(nets, x), grouped(nets, x))
+    assert torch.equal(Ensemble(nets, Mean()).member_logits(x), grouped(nets, x))
+    assert not pays(nets[:1], cpu) and not pays(nets, torch.device("meta"))
+    assert torch.equal(run(nets, [x] * 3), one_by_one(nets, [x] * 3))
+    assert not pays([network(task((3, 32, 32), "resnet20", 20))] * 2, cpu)
+    assert not pays([network(task((1, 28, 28), "lenet_wide", 20))] * 2, cpu)
+    layers_of(nets[1])[0].train()
+    assert not pays(nets, cpu) and torch.equal(run(nets, x), one_by_one(nets, x))
+
+
+def test_logits_do_not_depend_on_the_pieces_of_a_large_batch() -> None:
+    one = task(n=20)
+    nets = [network(one, generator(member)) for member in range(3)]
     largest = KEPT // (3 * 6 * 28 * 28 * 4)
-    assert pays(nets, torch.empty(largest, 1, 28, 28)) and not pays(nets, torch.empty(largest + 1, 1, 28, 28))
-    assert not pays([network(task((3, 32, 32), "resnet20", 20))] * 2, images())
-    assert not pays([network(task((1, 28, 28), "lenet_wide", 20))] * 2, x)
+    x = torch.rand((largest + 40, 1, 28, 28), generator=generator(0, "large"))
+    together = run(nets, x)
+    close([together], [one_by_one(nets, x)])
+    for rows in (slice(0, 4), slice(largest - 20, largest + 20), slice(largest, None)):
+        assert torch.equal(run(nets, x[rows]), together[:, rows])
