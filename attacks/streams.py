@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,6 +106,10 @@ class Streams:
             row.normal_(generator=gen)
         return out
 
+    def normal_like(self, x: Tensor) -> Tensor:
+        """Standard normal numbers for activations (n ...) of the images."""
+        return self.normal(x.shape[1:]).to(x)
+
     def uniform(self, shape: Sequence[int], block: int = 0) -> Tensor:
         """Uniform numbers in [0, 1), float32 of shape (n, *shape)."""
         out = torch.empty(len(self), *shape, device=self.device)
@@ -117,12 +122,27 @@ class Streams:
         return (self.uniform(shape, block) < 0.5).float().mul_(2).sub_(1)
 
 
+class Shared:
+    """One generator for all images of a batch and all layers: quick; for training, whose numbers may depend on the batch."""
+
+    def __init__(self, gen: torch.Generator) -> None:
+        self.gen = gen
+
+    def child(self, *purpose: Purpose) -> Shared:
+        """The same: whoever asks next gets the next numbers."""
+        return self
+
+    def normal_like(self, x: Tensor) -> Tensor:
+        """Standard normal numbers of the shape of x."""
+        return torch.randn(x.shape, generator=self.gen, device=x.device, dtype=x.dtype)
+
+
 class Draws(nn.Module):
     """Base of modules whose forward pass draws random numbers; they take them from :func:`drawing`, never globally."""
 
-    streams: Streams | None = None
+    streams: Streams | Shared | None = None
 
-    def drawn(self) -> Streams:
+    def drawn(self) -> Any:
         """The streams in force, or an error that says how to set them."""
         if self.streams is None:
             raise RuntimeError(
@@ -131,9 +151,14 @@ class Draws(nn.Module):
             )
         return self.streams
 
+    def normal_like(self, x: Tensor) -> Tensor:
+        """Standard normal numbers for activations (n ...), from the streams in force."""
+        found: Tensor = self.drawn().normal_like(x)
+        return found
+
 
 @contextmanager
-def drawing(model: object, streams: Streams) -> Iterator[None]:
+def drawing(model: object, streams: Streams | Shared) -> Iterator[None]:
     """Let every :class:`Draws` module inside ``model`` take its numbers from ``streams``, each from a child of its own."""
     modules = list(model.named_modules()) if isinstance(model, nn.Module) else []
     layers = [(name, module) for name, module in modules if isinstance(module, Draws)]

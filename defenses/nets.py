@@ -2,9 +2,9 @@
 
 LeNet-5 (LeCun et al. 1998) and its wide form, AlexNet for small images (Krizhevsky et al. 2012), VGG with BatchNorm and one
 linear layer (Simonyan & Zisserman 2015), CIFAR ResNets, ResNet-18 and -34 (He et al. 2016a), pre-activation ResNet-18 (He et
-al. 2016b), DenseNet-BC (Huang et al. 2017), the small network of CEAR's MNIST code. Differences from other code bases: every
-depth of the CIFAR family uses basic blocks, shortcuts that change shape are 1x1 convolution + BatchNorm ("option B"), and all
-but the LeNets and CEAR's end in an average pool, so that they take any side.
+al. 2016b), DenseNet-BC (Huang et al. 2017), the small network of CEAR's MNIST code, small CNNs of our own. Differences from
+other code bases: every depth of the CIFAR family uses basic blocks, shortcuts that change shape are 1x1 convolution + BatchNorm
+("option B"), and all but the LeNets and CEAR's end in an average pool, so that they take any side.
 """
 
 from __future__ import annotations
@@ -86,6 +86,16 @@ def cear_cnn(shape: Sequence[int], classes: int) -> nn.Module:
         channels = width or channels
     hidden = [nn.Linear(64 * (side // 4) ** 2, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU()]
     return nn.Sequential(*layers, nn.Flatten(), *hidden, nn.Linear(64, classes))
+
+
+def small_cnn(shape: Sequence[int], classes: int, *, depth: int, width: int) -> nn.Module:
+    """``depth`` 3x3 convolutions of stride 2 with BatchNorm, average pool, linear: ours, for sweeps over depth and width."""
+    layers: list[nn.Module] = []
+    channels = shape[0]
+    for _ in range(depth):
+        layers += [nn.Conv2d(channels, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
 
 def alexnet(shape: Sequence[int], classes: int) -> nn.Module:
@@ -216,11 +226,15 @@ ARCHITECTURES: dict[str, Callable[[Sequence[int], int], nn.Module]] = {
     "lenet5": lenet5,
     "lenet_wide": lenet_wide,
     "cear_cnn": cear_cnn,
+    **{f"cnn{depth}": partial(small_cnn, depth=depth, width=144) for depth in (1, 2, 3)},
+    **{f"cnn2_{width}": partial(small_cnn, depth=2, width=width) for width in (16, 400)},
     "alexnet": alexnet,
     "vgg16": partial(vgg, blocks=(2, 2, 3, 3, 3)),
     "vgg19": partial(vgg, blocks=(2, 2, 4, 4, 4)),
     **{f"resnet{6 * n + 2}": partial(residual, widths=(16, 32, 64), blocks=(n, n, n)) for n in (3, 4, 5, 18)},
     "resnet18": partial(residual, widths=_WIDE, blocks=(2, 2, 2, 2)),
+    "resnet18_squares": partial(residual, widths=(64, 144, 256, 529), blocks=(2, 2, 2, 2)),
+    "resnet18_x4": partial(residual, widths=(256, 512, 1024, 2048), blocks=(2, 2, 2, 2)),
     "resnet18_dropout": partial(residual, widths=_WIDE, blocks=(2, 2, 2, 2), dropout=0.025),
     "resnet34": partial(residual, widths=_WIDE, blocks=(3, 4, 6, 3)),
     "preactresnet18": partial(preactivated, widths=_WIDE, blocks=(2, 2, 2, 2)),

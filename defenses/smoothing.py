@@ -69,7 +69,7 @@ class Smoothed(Classifier, Draws):
         return f"sigma={self.sigma}"  # what names a model by its text must tell one noise from another
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x + self.sigma * self.drawn().normal(x.shape[1:]).to(x))
+        return self.base(x + self.sigma * self.normal_like(x))
 
     def soft(self, x: Tensor, draws: int, streams: Streams) -> Tensor:
         """log of the mean softmax over noise draws (n k); differentiable."""

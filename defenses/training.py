@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attacks.streams import generator
+from attacks.streams import Shared, drawing, generator
 from defenses.api import Classifier, Images, Part, Recipe, Task, Weights, Workshop
 from defenses.nets import Network, network
 
@@ -94,9 +94,13 @@ class Trained(Part):
             teacher = network(task, architecture=getattr(part, "architecture", None))
             teacher.load_state_dict(weights)
             teachers.append(teacher)
-        net = network(task, generator(self.seed, "init", self.role, self.member), self.architecture)
+        net = self.untrained(task)
         train(net, task, self, teachers, workshop)
         return net.state_dict()
+
+    def untrained(self, task: Task) -> Network:
+        """The network as training begins."""
+        return network(task, generator(self.seed, "init", self.role, self.member), self.architecture)
 
 
 def train(net: Classifier, task: Task, part: Trained, needs: Sequence[Classifier], workshop: Workshop) -> None:
@@ -120,7 +124,7 @@ def train(net: Classifier, task: Task, part: Trained, needs: Sequence[Classifier
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(epoch)
         gens = part.generators(epoch, task.device)
-        with _dropout_from(gens[0], net):
+        with _dropout_from(gens[0], net), drawing(net, Shared(gens[1])):
             facts = _epoch(net, task.train, optimizer, part, needs, gens, epoch)
         seconds = time.perf_counter() - began
         _check_finite(facts, part, epoch)
