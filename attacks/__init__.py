@@ -7,6 +7,7 @@ from attacks.autoattack import AutoAttack
 from attacks.eot import Eot
 from attacks.fab import Fab, FabT
 from attacks.gradient import Bim, Fgsm, Mim, Pgd, RFgsm, ascend
+from attacks.input_diversity import DiverseMim
 from attacks.minimum_norm import Ddn, Fmn
 from attacks.oracle import ContractError
 from attacks.square import Square
@@ -24,6 +25,7 @@ ATTACKS: dict[str, type[Attack]] = {
     "r_fgsm": RFgsm,
     "bim": Bim,
     "mim": Mim,
+    "diverse_mim": DiverseMim,
     "ddn": Ddn,
     "fmn": Fmn,
 }
@@ -40,6 +42,7 @@ __all__ = [
     "Bim",
     "ContractError",
     "Ddn",
+    "DiverseMim",
     "Eot",
     "Fab",
     "FabT",

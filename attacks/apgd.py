@@ -6,6 +6,7 @@ differentiated, and the first checkpoint compares with the starting loss instead
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from attacks.api import Attack, Best, Search
 from attacks.gradient import Objective, classification
-from attacks.losses import CLASSES_NEEDED, CLASSES_NEEDED_TARGETED
+from attacks.losses import CLASSES_NEEDED, CLASSES_NEEDED_TARGETED, Loss
 from attacks.losses import loss as loss_named
 from attacks.losses import targeted as targeted_named
 from attacks.norms import norm as norm_named
@@ -36,7 +37,7 @@ class Apgd(Attack):
     Attributes:
         norm: "linf" or "l2".
         eps: radius in pixel space.
-        loss: a name of :data:`attacks.losses.LOSSES`; "margin" takes its place where the classes are too few for it.
+        loss: a name of :data:`attacks.losses.LOSSES`, or a loss; "margin" takes its place where the classes are too few for it.
         steps, restarts: iterations of a run, and runs from other starting points.
         targets: aim at each of this many most likely wrong classes, all at once (at all wrong ones, if there are fewer), until
             one is reached; 0: at none.
@@ -46,7 +47,7 @@ class Apgd(Attack):
 
     norm: str
     eps: float
-    loss: str = "ce"
+    loss: str | Loss = "ce"
     steps: int = 100
     restarts: int = 1
     targets: int = 0
@@ -62,10 +63,10 @@ class Apgd(Attack):
                 f"needed: steps and restarts >= 1, targets >= 0; got {self.steps}, {self.restarts}, {self.targets}"
             )
 
-    def loss_for(self, classes: int) -> str:
+    def loss_for(self, classes: int) -> str | Loss:
         """The loss that is used with so many classes."""
         needed = CLASSES_NEEDED_TARGETED if self.targets else CLASSES_NEEDED
-        return self.loss if classes >= needed.get(self.loss, 2) else "margin"
+        return self.loss if callable(self.loss) or classes >= needed.get(self.loss, 2) else "margin"
 
     def run(self, oracle: Oracle, x: Tensor, y: Tensor, streams: Streams | None) -> Search:
         if streams is None:
@@ -80,17 +81,16 @@ class Apgd(Attack):
                 break
             who = rows.repeat_interleave(tracks)
             noise = [streams.take(rows).child("restart", restart, "turn", turn) for turn in range(tracks)]
-            edge = torch.stack([_edge(self, one, x) for one in noise], 1).flatten(0, 1)
             ask, centre = oracle.take(who), x[who]
             goal = classification(ask, y[who], loss, targets[rows].flatten() if self.targets else None)
-            self._climb(
-                ask,
-                goal,
-                _Climb.begin(centre, norm_named(self.norm).into(centre + edge, centre, self.eps), self.eps),
-                who,
-                best,
-            )
+            begin = self.begin(ask, centre, y[who], noise)
+            self._climb(ask, goal, _Climb.begin(centre, begin, self.eps), who, best)
         return Search(best.x_adv)
+
+    def begin(self, oracle: Oracle, centre: Tensor, y: Tensor, noise: Sequence[Streams]) -> Tensor:
+        """First points of all tracks (t *shape), a random displacement to the edge of the ball; ``noise`` is one a turn."""
+        edge = torch.stack([_edge(self, one, centre) for one in noise], 1).flatten(0, 1)
+        return norm_named(self.norm).into(centre + edge, centre, self.eps)
 
     def batch(self, device: torch.device) -> int:
         return max(1, super().batch(device) // max(1, self.targets))

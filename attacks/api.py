@@ -140,7 +140,14 @@ class Attack(ABC):
 
     @final
     def __call__(
-        self, model: Model, x: Tensor, y: Tensor, streams: Streams | None = None, queries: int | None = None
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        streams: Streams | None = None,
+        queries: int | None = None,
+        *,
+        everything: bool = False,
     ) -> AttackResult:
         """Attack a batch of images.
 
@@ -150,6 +157,7 @@ class Attack(ABC):
             y: true labels (n), int64.
             streams: randomness, one row an image; needed by random starts and by randomised models.
             queries: forward passes that the search may spend on an image; None is no limit. A verdict costs none.
+            everything: search around images that the model gets wrong as they are, too, for points that other models will meet.
 
         Raises:
             ValueError: for inputs outside their contract.
@@ -162,7 +170,7 @@ class Attack(ABC):
         x = x.detach()
         randomized = getattr(model, "randomized", False)
         broken = decide(model, x, streams.child("before") if streams else None) != y
-        rest = (~broken).nonzero().flatten()
+        rest = (~broken | everything).nonzero().flatten()
         x_adv, details = x.clone(), {}
         meter = Meter(len(x), x.device, queries)
         if len(rest):
@@ -190,11 +198,21 @@ class Attack(ABC):
         if x_adv.min() < 0 or x_adv.max() > 1:
             raise ContractError(f"{self} left the box [0,1]: {x_adv.min():.6g} to {x_adv.max():.6g}")
         ball = norm(self.norm)
-        # A pixel of x + delta is rounded to the dtype, by at most half a unit in the last place below 1.
-        rounding = ball.length(torch.full_like(x[:1], torch.finfo(x.dtype).eps / 2, dtype=torch.float64))
         length = ball.length(x_adv.double() - x.double())
-        if (length > self.eps * (1 + 1e-6) + rounding).any():
+        if (length > ball.reach(x, self.eps)).any():
             raise ContractError(f"{self} left the {self.norm} ball of {self.eps}: distance {length.max():.9g}")
+
+
+def verdicts(model: Model, x: Tensor, x_adv: Tensor, y: Tensor, streams: Streams | None) -> tuple[Tensor, Tensor]:
+    """Whether the model was wrong at images (n *shape), and is at their points, (n) bool each.
+
+    As :meth:`Attack.__call__` decides: ``streams`` are those that the attack had, and a randomised model gets the same noise.
+    """
+    wrong = decide(model, x, streams.child("before") if streams else None) != y
+    broken, rest = wrong.clone(), (~wrong).nonzero().flatten()
+    if len(rest):
+        broken[rest] = decide(model, x_adv[rest], streams.take(rest).child("verdict") if streams else None) != y[rest]
+    return wrong, broken
 
 
 def _check_input(model: Model, x: Tensor, y: Tensor, streams: Streams | None) -> None:

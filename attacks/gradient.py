@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from attacks.api import Attack, Best, Search
+from attacks.losses import Loss
 from attacks.losses import loss as loss_named
 from attacks.losses import targeted as targeted_named
 from attacks.norms import norm as norm_named
@@ -139,24 +140,27 @@ def _l1_normalised(gradient: Tensor) -> Tensor:
     return gradient / per_row(length, gradient)
 
 
-def classification(oracle: Oracle, y: Tensor, loss: str, targets: Tensor | None = None) -> Objective:
+def classification(oracle: Oracle, y: Tensor, loss: str | Loss, targets: Tensor | None = None) -> Objective:
     """The objective of misclassification: finished when the argmax is wrong.
 
     For a randomised model no image finishes early: a wrong argmax under the attack's own draws proves nothing (methods 9.2).
+    With a guide the loss is the guide's, and the argmax the model's own.
 
     Args:
         oracle: whom to ask.
         y: true labels (n).
-        loss: a name of :data:`attacks.losses.LOSSES`, or of ``TARGETED`` with targets.
+        loss: a name of :data:`attacks.losses.LOSSES`, or of ``TARGETED`` with targets; or a loss.
         targets: classes (n) to be taken for; None: any wrong one.
     """
     function = targeted_named(loss) if targets is not None else loss_named(loss)
 
     def objective(points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        logits = oracle(points, rows)
-        losses = function(logits, y[rows], *([] if targets is None else [targets[rows]]))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and oracle.guide is None):
+            logits = oracle(points, rows)
+        scores = oracle.guide(points, rows) if oracle.guide else logits
+        losses = function(scores, y[rows], *([] if targets is None else [targets[rows]]))
         if losses.ndim > 1:
-            losses = losses.mean(0)
+            losses = losses.flatten(0, -2).mean(0)
         return losses, None if oracle.randomized else logits.argmax(-1) != y[rows]
 
     return objective
@@ -178,7 +182,7 @@ class Pgd(Attack):
 
     norm: str
     eps: float
-    loss: str = "ce"
+    loss: str | Loss = "ce"
     steps: int = 50
     step: str | float = "2.5eps/T"
     restarts: int = 5

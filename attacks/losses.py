@@ -80,23 +80,34 @@ CLASSES_NEEDED = {"dlr": 3}
 CLASSES_NEEDED_TARGETED = {"dlr": 4}
 
 
-def targeted(name: str) -> Targeted:
+def targeted(name: str | Loss) -> Targeted:
     """The targeted loss of that name.
 
     Raises:
         ValueError: for a loss that the project does not know.
     """
-    if name not in TARGETED:
+    if not isinstance(name, str) or name not in TARGETED:
         raise ValueError(f"unknown targeted loss {name!r}; known are {', '.join(TARGETED)}")
     return TARGETED[name]
 
 
-def loss(name: str) -> Loss:
-    """The loss of that name.
+def half_margin(logits: Tensor, y: Tensor) -> Tensor:
+    """The mean margin of those ceil(m/2) networks of (... m n k) that are the closest to being wrong: (... n).
+
+    A vote that leaves out a minority, such as a median, falls when they do.
+    """
+    margins = margin(logits, y)
+    return margins.topk(-(-margins.shape[-2] // 2), dim=-2).values.mean(-2)
+
+
+def loss(name: str | Loss) -> Loss:
+    """The loss of that name; a function is taken as it is.
 
     Raises:
         ValueError: for a loss that the project does not know.
     """
+    if callable(name):
+        return name
     if name not in LOSSES:
         raise ValueError(f"unknown loss {name!r}; known are {', '.join(LOSSES)}")
     return LOSSES[name]

@@ -35,6 +35,14 @@ class Norm:
         """Points (n ...) projected on the ball around ``centre`` (n ...), then clipped to the box [0,1]."""
         return (centre + self.project(points - centre, radius)).clamp_(0, 1)
 
+    def reach(self, x: Tensor, eps: float) -> Tensor:
+        """The distance (1) that a point of the ball of ``eps`` around images like x (n ...) may have, in float64.
+
+        A pixel of x + delta is rounded to the dtype, by at most half a unit in the last place below 1.
+        """
+        rounding = self.length(torch.full_like(x[:1], torch.finfo(x.dtype).eps / 2, dtype=torch.float64))
+        return eps * (1 + 1e-6) + rounding
+
 
 def per_row(values: Tensor, like: Tensor) -> Tensor:
     """Values (n), shaped so that they meet the rows of ``like`` (n ...)."""

@@ -85,6 +85,7 @@ class Oracle:
             softmax (n k), the SmoothAdv form for smoothed classifiers (Salman et al. 2019).
         meter: counts; None for questions that belong to no search.
         places: (n), the meter's numbers of this oracle's images; None where they are the same.
+        guide: whose scores a gradient attack climbs instead of the model's, which still decides; see :mod:`attacks.guided`.
     """
 
     model: Model
@@ -93,6 +94,7 @@ class Oracle:
     average: str = "loss"
     meter: Meter | None = None
     places: Tensor | None = None
+    guide: Oracle | None = None
 
     @property
     def randomized(self) -> bool:
@@ -106,10 +108,11 @@ class Oracle:
     def take(self, rows: Tensor) -> Oracle:
         """The oracle of some of the images: integer indices."""
         streams = self.streams.take(rows) if self.streams else None
-        return replace(self, streams=streams, places=self._place(rows))
+        guide = self.guide.take(rows) if self.guide else None
+        return replace(self, streams=streams, places=self._place(rows), guide=guide)
 
     def __call__(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Logits of ``x``, the present versions of the attack's images number ``rows``."""
+        """Logits of ``x``, the present versions of the attack's images number ``rows``; of several networks (m n k)."""
         logits = self._answer(x, rows)
         if self.meter is None:
             if logits.isnan().any():
@@ -159,14 +162,18 @@ class Oracle:
         spare = max(0, SMALLEST_BATCH * threads - len(x))
         if spare:
             x, rows = torch.cat([x, x[:1].expand(spare, *x.shape[1:])]), torch.cat([rows, rows[:1].expand(spare)])
-        keep = slice(0, len(x) - spare)
+
+        def ask() -> Tensor:
+            answer = self.model(x)
+            return answer[: len(x) - spare] if answer.ndim == 1 else answer[..., : len(x) - spare, :]
+
         if self.streams is None:
-            return self.model(x)[keep]
+            return ask()
         streams = self.streams.take(rows)
         answers = []
         for draw in range(self.cost):
             with drawing(self.model, streams.child("draw", draw)):
-                answers.append(self.model(x)[keep])
+                answers.append(ask())
         logits = torch.stack(answers)
         return logits if self.average == "loss" else mean_log_softmax(logits)
 

@@ -67,6 +67,33 @@ _OF_KINDS: dict[str, tuple[str, ...]] = {
         "ASR white-box: when crafted on the ensemble itself; both of the images that the ensemble gets right",
         "an empty denominator leaves a hole",
     ),
+    "accuracy under noise": (
+        "{how}",
+        "none, input, activations, both: where Gaussian noise is added when an image is judged: nowhere, to the image, behind "
+        "every convolution (and its pool, if it has one), in both places",
+        "the class is that of the mean softmax over 100 fresh draws; one draw: share of right single draws of attacked images",
+        "clean: images as they are; attacked: adversarial images crafted against the network without noise, finished before "
+        "noise was added: what noise repairs there says nothing about an attacker who knows of the noise",
+        "EOT: attacked through the noise, on the mean over draws of the noisy network, which is that attacker (autoattack: its "
+        "version rand)",
+        "noise_repairs: more than a tenth of the images that the attack broke, ten or more, are right again under noise",
+    ),
+    "activations under noise and attack": (
+        "{how}",
+        "change of a convolution's answers to an image over the answers themselves, both in l2 over channels and positions and "
+        "behind the pool of the kernels, if there is one; mean over images that are right as they are",
+        "noise: Gaussian, scaled to the largest l2 length that eps allows, not clipped",
+        "attack: the adversarial image, or the highest loss where none was found",
+        "first and last of the convolutions in the order in which they are asked",
+    ),
+    "kernels of the first layer": (
+        "cosine of two kernels of the first convolution, mean over all pairs, and over neighbours on their sheet; kernels that "
+        "are 0 do not count",
+        "applied: what images are convolved with, means of kernels where a defense pools by mean; learned: before any pooling",
+        "means over overlapping windows are alike by construction: neighbours with 3x3 windows share six of nine, 0.667 for "
+        "kernels that have nothing in common",
+        "of the network's weights: no image is used",
+    ),
 }
 
 

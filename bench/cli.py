@@ -186,6 +186,29 @@ def compare(  # noqa: PLR0913, PLR0917 (every option of the contract)
 
 
 @app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="a record's .json, or a folder above: seed, budget, variant, suite, run folder")],
+    data: Data = None,
+    sample: Annotated[int, typer.Option(help="images of a certified record that are certified anew")] = 5,
+    format_: Annotated[str, typer.Option("--format", help="text or json")] = "text",
+) -> None:
+    """Recompute stored numbers from rows, data, weights and adversarial examples; exit code 1 if something does not hold."""
+    import torch
+
+    from bench import verify as verifier
+    from bench.progress import Progress
+
+    if format_ not in verifier.FORMATS:
+        raise ValueError(f"--format: unknown {format_!r}; known are {', '.join(verifier.FORMATS)}")
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # as `run` does, which measured
+    reports = verifier.verify(path, data, sample, Progress(sys.stderr))
+    print(verifier.render(reports, format_))
+    if any(report.mismatches for report in reports):
+        raise typer.Exit(FAILED)
+
+
+@app.command()
 def audit(
     logs: Annotated[list[Path], typer.Argument(help="tab-separated logs, records (.json or .parquet), folders of them")],
     radii: Annotated[str, typer.Option(help="where certified accuracy is told, e.g. 0,0.25,0.5; default: 0 to 2.25")] = "",

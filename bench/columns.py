@@ -24,9 +24,28 @@ def crafted(record: Record) -> str:
     return ", ".join([fields["attack"], fields["norm"], *given, *stops.get(fields.get("early_stop"), [])])
 
 
+def under_noise(record: Record) -> str:
+    """Noise and attack of a record of accuracy under noise, in words."""
+    fields = record.eval["fields"]
+    eot = f", EOT with {fields['eot']} draws a gradient" if fields["eot"] else ""
+    return f"sigma = {fields['sigma']:g}, {crafted(record)}{eot}"
+
+
 _SETTINGS = ("version", "attacks", "steps", "step", "restarts", "loss", "start", "targets", "proposals", "engine")
 
-_ORDER = ("clean", "robust", "certified", "challenge", "variance", "diversity", "votes", "transfer")
+_ORDER = (
+    "clean",
+    "robust",
+    "certified",
+    "challenge",
+    "variance",
+    "diversity",
+    "votes",
+    "transfer",
+    "noise",
+    "activations",
+    "kernels",
+)
 
 
 def _rank(record: Record) -> int:
@@ -152,7 +171,47 @@ _TRANSFER = {
     "asr_ensemble": "ASR white-box",
 }
 
-_KINDS = {"variance": _variance_key, "diversity": _diversity_key, "votes": _votes_key, "transfer": _transfer_key}
+
+def _noise_key(rank: int, record: Record, metric: Metric) -> tuple[Any, ...]:
+    """Accuracies of all images, a column a place; of single draws those of attacked images. The record has the rest."""
+    made = "clean" if metric.source is None else "attacked" if metric.source == "none" else "EOT"
+    if metric.metric == "noisy_accuracy_single" and made == "attacked":
+        made = "one draw"
+    elif metric.metric != "noisy_accuracy" or metric.denominator != "all":
+        return ()
+    places = list(record.eval["fields"]["places"])
+    order = 10 * ("clean", "attacked", "one draw", "EOT").index(made) + places.index(metric.target)
+    name, eps = f"{made}, {metric.target}", metric.eps
+    return (rank + order / 100, record.eval["name"], name if eps is None else f"{name}, eps", BARE if eps is None else eps)
+
+
+def _activations_key(rank: int, record: Record, metric: Metric) -> tuple[Any, ...]:
+    """The first and the last layer; the figure has those between."""
+    layers = list(dict.fromkeys(own.target for own in record.metrics if own.metric == "activation_change"))
+    ends = {layers[0]: "first layer", layers[-1]: "last layer"}
+    if metric.target not in ends:
+        return ()
+    name = f"{ends[metric.target]}, {metric.source}, eps"
+    order = 2 * (metric.target == layers[-1]) + (metric.source == "attack")
+    return (rank + order / 100, record.eval["name"], name, metric.eps)
+
+
+def _kernels_key(rank: int, record: Record, metric: Metric) -> tuple[Any, ...]:
+    """A column each: applied before learned ones, neighbours before all pairs."""
+    order = 2 * (metric.source == "learned") + (metric.target == "all")
+    words = {"neighbours": "neighbours", "all": "all pairs"}
+    return (rank + order / 100, record.eval["name"], f"{metric.source}, {words[metric.target or 'all']}", BARE)
+
+
+_KINDS = {
+    "variance": _variance_key,
+    "diversity": _diversity_key,
+    "votes": _votes_key,
+    "transfer": _transfer_key,
+    "noise": _noise_key,
+    "activations": _activations_key,
+    "kernels": _kernels_key,
+}
 """Evaluations with a table of their own."""
 
 

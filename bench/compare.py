@@ -144,11 +144,20 @@ def _diversity(fields: Mapping[str, Any], rows: pd.DataFrame) -> Found:
     return {name.replace("_", " "): (rows.id, rows[name]) for name in names}
 
 
+def _noise(fields: Mapping[str, Any], rows: pd.DataFrame) -> Found:
+    found: Found = {}
+    for (eps, made, place), part in rows.groupby(["eps", "made", "place"], sort=False):
+        words = f"{made} at eps {eps:g}" if eps else made
+        found[f"accuracy {words}, noise: {place}"] = part.id, part.correct
+    return found
+
+
 _KINDS: dict[str, Callable[[Mapping[str, Any], pd.DataFrame], Found]] = {
     "clean": _clean,
     "robust": _robust,
     "certified": _certified,
     "diversity": _diversity,
+    "noise": _noise,
 }
 
 

@@ -7,6 +7,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -14,10 +15,16 @@ import torch
 from bench.evals import Evaluation, Skipped, Subject
 from bench.parts import PartStore
 from bench.progress import Progress
-from bench.registry import Variant
+from bench.registry import Variant, resolve
 from bench.store import Record
 from defenses.api import Classifier, Task
 from defenses.ensemble import share
+
+APART = 1000
+"""Between the training seeds of a subject and of the models whose images attack it."""
+
+ITSELF = "itself"
+"""As the name of another model: the subject's own variant."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +77,22 @@ class Fitted:
         folder: where trained parts are kept.
         progress: where training reports.
         jobs: everything that will be asked for.
+        parts: where trained parts come from.
     """
 
-    def __init__(self, task: Task, folder: Path, progress: Progress, jobs: list[Job]) -> None:
-        self._task, self._folder, self._progress = task, folder, progress
+    def __init__(
+        self, task: Task, folder: Path, progress: Progress, jobs: list[Job], parts: type[PartStore] = PartStore
+    ) -> None:
+        self._task, self._folder, self._progress, self._parts = task, folder, progress, parts
         self._left = Counter(job.model for job in jobs)
         self._models: dict[tuple[str, int], Subject | Exception] = {}
+        self._others: dict[tuple[str, int], Subject | Exception] = {}
 
     def take(self, jobs: list[Job]) -> list[Subject | Exception]:
         """The subjects of some jobs, or what went wrong while making them; storage errors go up."""
         for job in jobs:
             if job.model not in self._models:
-                self._models[job.model] = self._fit(job)
+                self._models[job.model] = self._fit(job.variant, job.blank.seed, f"{job.variant.label}: ")
         found = [self._models[job.model] for job in jobs]
         shared = iter(share([subject.model for subject in found if isinstance(subject, Subject)]))
         subjects = [replace(subject, model=next(shared)) if isinstance(subject, Subject) else subject for subject in found]
@@ -92,15 +103,28 @@ class Fitted:
                 del self._models[job.model]
         return subjects
 
-    def _fit(self, job: Job) -> Subject | Exception:
-        variant, seed = job.variant, job.blank.seed
-        prefix, self._progress.prefix = self._progress.prefix, f"{variant.label}: "
+    def other(self, spec: str, own: Variant, seed: int) -> Classifier:
+        """The fitted model of another variant, or of :data:`ITSELF`, trained with seed :data:`APART` more than the subject's.
+
+        Raises:
+            RuntimeError: if it cannot be fitted.
+        """
+        variant = own if spec == ITSELF else resolve(spec, {})[0]
+        found = self._others.get((variant.label, seed))
+        if found is None:
+            found = self._others[variant.label, seed] = self._fit(variant, seed + APART, f"{variant.label} (surrogate): ")
+        if isinstance(found, Exception):
+            raise RuntimeError(f"{variant.label}, whose images were asked for, cannot be fitted: {found}") from found
+        return found.model
+
+    def _fit(self, variant: Variant, seed: int, prefix: str) -> Subject | Exception:
+        prefix, self._progress.prefix = self._progress.prefix, prefix
         try:
             reason = variant.defense.unsuited(self._task)
             if reason:
                 return Skipped(reason)
             model = variant.defense.build(self._task)
-            parts = PartStore(self._folder, self._task, self._progress)
+            parts = self._parts(self._folder, self._task, self._progress)
             variant.defense.fit(model, self._task, parts, seed)
             model.to(self._task.device).eval()
         except Exception as error:  # whatever a defense does wrong becomes its record; the others go on
@@ -109,7 +133,10 @@ class Fitted:
             return error
         finally:
             self._progress.prefix = prefix
-        return Subject(model, getattr(variant.defense, "sigma", None), seed, epoch_seconds=parts.epoch_seconds())
+        views = cache(partial(variant.defense.views, model, self._task))  # may take a pass over the training images
+        sigma, ended = getattr(variant.defense, "sigma", None), parts.ended()
+        other = partial(self.other, own=variant, seed=seed)
+        return Subject(model, sigma, seed, epoch_seconds=parts.epoch_seconds(), ended=ended, views=views, other=other)
 
 
 def weights_hash(model: Classifier) -> str:

@@ -84,6 +84,11 @@ def mcnemar(first: int, second: int) -> float:
     return float(stats.binomtest(first, first + second, 0.5).pvalue)
 
 
+def beyond_chance(first: int, second: int) -> bool:
+    """Whether ``first`` images against ``second`` are more by over two standard errors, were a fair coin to decide each."""
+    return first - second > 2 * math.sqrt(first + second)
+
+
 def sign_flip(differences: Floats, flips: int = 9999, seed: int = 0) -> float:
     """Two-sided p that paired differences are symmetric about 0, by random signs; never below 1 / (flips + 1)."""
     rng, total, reached = np.random.default_rng(seed), abs(float(differences.sum())), 0

@@ -45,6 +45,11 @@ class PartStore:
             total += sum(seconds) / len(seconds)
         return total or None
 
+    def ended(self) -> list[str]:
+        """Of all that was got, what ended before its recipe did: who, when and why."""
+        notes = [json.loads((self.folder / f"{key}.json").read_text()) for key in self._used]
+        return [note["ended"] for note in notes if "ended" in note]
+
     def _get(self, part: Part) -> Weights:
         key = part.key(self.task)
         path = self.folder / f"{key}.safetensors"
@@ -58,6 +63,12 @@ class PartStore:
             workshop = DiskWorkshop(self, self.folder / f"{key}.checkpoint", report)
             weights = part.make(self.task, needs, workshop)
         note = {"key": key, "part": part.identity(self.task), "log": workshop.log, "seconds": time.perf_counter() - began}
+        if workshop.ended:
+            epoch = workshop.log[-1]["epoch"]
+            when = f"ended after epoch {epoch}, with the weights of epoch {workshop.log[-1].get('kept', epoch)}"
+            ended = f"{part.role} {part.member} (seed {part.seed}) {when}: {workshop.ended}"
+            note["ended"] = ended
+            self.progress.say(ended)
         write_atomic(path.with_suffix(".json"), (json.dumps(note, indent=1, allow_nan=False) + "\n").encode())
         write_atomic(path, save({name: tensor.contiguous().cpu() for name, tensor in weights.items()}))
         workshop.clear()
@@ -99,6 +110,7 @@ class DiskWorkshop:
         self._path = path
         self._report = report
         self.log: list[dict[str, float]] = []
+        self.ended = ""
 
     def load(self) -> tuple[Weights, dict[str, Any]] | None:
         found = self._store.read(self._path)
@@ -106,10 +118,12 @@ class DiskWorkshop:
             return None
         state = json.loads(found[1]["state"])
         self.log = state.get("log", [])
+        self.ended = state.get("ended", "")
         return found[0], state
 
     def save(self, weights: Weights, state: dict[str, Any]) -> None:
         self.log = list(state.get("log", []))
+        self.ended = state.get("ended", "")
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
         write_atomic(self._path, save(tensors, {"state": json.dumps(state)}))
 

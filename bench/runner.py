@@ -17,11 +17,11 @@ import torch
 
 from bench import environment
 from bench.evals import Evaluation, Skipped, Subject
-from bench.jobs import Fitted, Job, Ready, together, weights_hash
+from bench.jobs import ITSELF, Fitted, Job, Ready, together, weights_hash
 from bench.partial import StoreError, differences
 from bench.progress import Progress
 from bench.registry import Variant, registered, resolve
-from bench.store import Finding, Record, Store
+from bench.store import Finding, Record, Store, as_json
 from bench.suites import SuiteError, load_suite, unknown
 from bench.tasks import prepare
 from defenses.api import Classifier
@@ -75,6 +75,10 @@ class Run:
             if name not in self.suite.evals:
                 raise SuiteError(f"--only: {unknown(name, self.suite.evals)}")
         self.task, self.test = prepare(self.suite, self.device, request.data)
+        for name, evaluation in self.suite.evals.items():
+            for spec in evaluation.others:  # a wrong name is better refused before the work than after
+                if spec != ITSELF and len(resolve(spec, {})) != 1:
+                    raise SuiteError(f"evals.{name}.sources: one variant each, got {spec!r}")
         suited = [name for name, (defense, _) in registered().items() if not defense.unsuited(self.task)]
         self.variants = resolve(request.defense, self.suite.sweep, suited)
         self.store = Store(request.runs)
@@ -96,17 +100,18 @@ class Run:
         except Skipped:
             asked = evaluation.model_dump(mode="json")
         images = self.test.first(evaluation.images)
+        roles = {role: as_json(settings(own)) for role, own in self.task.roles.items()}
         return Record(
             status="running",
             suite={"name": self.suite.name, "version": self.suite.version, "budget": self.suite.budget},
-            defense={"name": variant.name, "variant": variant.label, "fields": _json(settings(variant.defense))},
+            defense={"name": variant.name, "variant": variant.label, "fields": as_json(settings(variant.defense))},
             eval={"name": name, "fields": asked},
             seed=seed,
             task={
                 "dataset": self.suite.dataset,
                 "architecture": self.task.architecture,
-                "recipe": _json(settings(self.task.recipe)),
-                **({"roles": {role: _json(settings(own)) for role, own in self.task.roles.items()}} if self.task.roles else {}),
+                "recipe": as_json(settings(self.task.recipe)),
+                **({"roles": roles} if roles else {}),
                 "train_images": len(self.task.train),
                 "validation_images": len(self.task.validation),
             },
@@ -173,10 +178,15 @@ class Run:
         for job, subject in zip(jobs, subjects, strict=True):
             if isinstance(subject, Exception):
                 self._failed(job.blank, subject)
-            else:
-                blank = replace_hashes(job.blank, weights=weights_hash(subject.model))
-                self.store.write(blank)
-                ready.append(Ready(job, blank, subject))
+                continue
+            try:
+                sources = _sources(job.evaluation, subject)
+            except RuntimeError as error:
+                self._failed(job.blank, error)
+                continue
+            blank = replace_hashes(job.blank, weights=weights_hash(subject.model), **sources)
+            self.store.write(blank)
+            ready.append(Ready(job, blank, subject))
         if ready:
             self._measure(ready)
 
@@ -213,6 +223,7 @@ class Run:
         if one.subject.epoch_seconds is not None:
             cost = {**cost, "training_seconds_per_epoch": one.subject.epoch_seconds}
         findings = [*outcome.findings, *([Finding(kind="unsound", detail=unsound)] if unsound else [])]
+        findings += [Finding(kind="training_ended_early", detail=text) for text in one.subject.ended]
         found = {"metrics": outcome.metrics, "findings": findings, "facts": facts, "cost": cost}
         record = one.blank.model_copy(update={"status": "success", **found})
         self.store.write(record)
@@ -233,7 +244,8 @@ class Run:
         pieces = evaluation.pieces(subjects[0])
         partials = [self.store.partial(one.blank) for one in ready]
         for one, partial in zip(ready, partials, strict=True):
-            request = {**one.blank.request(), "hashes.weights": one.blank.hashes["weights"], "numerics": one.blank.numerics}
+            networks = {f"hashes.{name}": value for name, value in one.blank.made_of().items()}
+            request = {**one.blank.request(), **networks, "numerics": one.blank.numerics}
             partial.open(request)
         tables: list[list[pd.DataFrame]] = [[] for _ in ready]
         who = ready[0].job.variant.label if len(ready) == 1 else f"{len(ready)} defenses"
@@ -264,6 +276,12 @@ class Run:
         return number % shards == place - 1
 
 
+def _sources(evaluation: Evaluation, subject: Subject) -> dict[str, str]:
+    """Hashes of the other models that an evaluation needs, by name."""
+    assert subject.other is not None
+    return {f"source {name}": weights_hash(subject.other(name)) for name in evaluation.others}
+
+
 def _numerics(evaluation: Evaluation) -> dict[str, Any]:
     """Numerics of what votes, as a record tells them."""
     dtype, _, compiled = (getattr(evaluation, "numerics", None) or "float32").partition(" ")
@@ -278,14 +296,3 @@ def replace_hashes(record: Record, **hashes: str) -> Record:
 def run(**fields: Any) -> list[Record]:
     """``run(defense="cear_rw", suite="digits", ...)``: do a :class:`Request` and return its records."""
     return Run(Request(**fields), Progress(sys.stderr)).execute()
-
-
-def _json(value: Any) -> Any:
-    """Tuples as lists, so that a record read back equals the one written; functions by name, which no restart changes."""
-    if isinstance(value, dict):
-        return {key: _json(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_json(item) for item in value]
-    if callable(value):
-        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
-    return value if isinstance(value, int | float | str | bool | type(None)) else repr(value)

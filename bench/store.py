@@ -85,9 +85,13 @@ class Record(Strict):
             "eval": self.eval,
             "seed": self.seed,
             "task": self.task,
-            "hashes": {name: value for name, value in self.hashes.items() if name != "weights"},
+            "hashes": {name: value for name, value in self.hashes.items() if name not in self.made_of()},
         }
         return flatten(asked)
+
+    def made_of(self) -> dict[str, str]:
+        """Hashes of the networks that were asked, which nobody knows before they are fitted."""
+        return {name: value for name, value in self.hashes.items() if name == "weights" or name.startswith("source ")}
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -97,6 +101,17 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         flat |= flatten(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
+
+
+def as_json(value: Any) -> Any:
+    """Tuples as lists, so that a record read back equals the one written; functions by name, which no restart changes."""
+    if isinstance(value, dict):
+        return {key: as_json(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [as_json(item) for item in value]
+    if callable(value):
+        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    return value if isinstance(value, int | float | str | bool | type(None)) else repr(value)
 
 
 class Store:

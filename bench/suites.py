@@ -22,18 +22,18 @@ BUDGETS = ("smoke", "quick", "paper")
 
 SUITES = Path(__file__).parent.parent / "leaderboards" / "suites"
 
-ROLES = ("teacher", "student", "gaussian", "plain")
+ROLES = ("teacher", "student", "gaussian", "plain", "kernels", "at", "trades", "fast_at")
 """What networks are trained for, as :meth:`defenses.api.Task.recipe_for` is asked; a suite may give each its own recipe."""
 
 # What a budget may change: how much is computed, never what is asked. Batch and schedule go with the number of training
 # images, since the same epochs on a tenth of the images are a tenth of the steps.
 _BUDGET_KEYS = (
     r"architecture|train_images|validation_images|recipe\.(epochs|batch|decay_at)|roles\.\w+\.epochs"
-    r"|sweep\.\w+|evals\.\w+\.(images|n|steps|restarts|eot|proposals)"
+    r"|sweep\.\w+|evals\.\w+\.(images|n|steps|pgd_steps|restarts|eot|proposals|repeats|distilled|maps)"
 )
 _BUDGET_TEXT = (
     "architecture, train_images, validation_images, recipe.(epochs|batch|decay_at), roles.*.epochs, sweep.*, "
-    "evals.*.(images|n|steps|restarts|eot|proposals)"
+    "evals.*.(images|n|steps|pgd_steps|restarts|eot|proposals|repeats|distilled|maps)"
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from statistics import mean, stdev
@@ -62,15 +62,24 @@ def _kind(record: Record) -> tuple[str, str, float]:
     if fields.get("kind") == "variance":
         how = f"fixed estimator, n0 = {fields['n0']}, n = {max(fields['n'])}, alpha = {fields['alpha']:g}"
         return "variance view", how, _sigma(record)
-    if fields.get("kind") == "diversity":
-        return "diversity of members", columns.steps(record), 0.0
     if fields.get("kind") == "votes":
         how = f"n0 = {fields['n0']}, n <= {fields['n']}, alpha = {fields['alpha']:g}"
         return "estimators on the same votes", how, _sigma(record)
-    if fields.get("kind") == "transfer":
-        return "transfer between members", columns.crafted(record), 0.0
+    if fields.get("kind") in _OWN:
+        name, describe = _OWN[fields["kind"]]
+        return name, describe(record), 0.0
     how = columns.certificate(record)
     return ("certified accuracy", how, _sigma(record)) if how else ("accuracy under attack", "", 0.0)
+
+
+_OWN: dict[str, tuple[str, Callable[[Record], str]]] = {
+    "diversity": ("diversity of members", columns.steps),
+    "transfer": ("transfer between members", columns.crafted),
+    "noise": ("accuracy under noise", columns.under_noise),
+    "activations": ("activations under noise and attack", columns.crafted),
+    "kernels": ("kernels of the first layer", lambda record: ""),
+}
+"""Kinds of evaluations with a table of their own, whose numbers are not of one sigma: its name, and how they came about."""
 
 
 def _sigma(record: Record) -> float:

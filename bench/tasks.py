@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from bench import data
 from bench.suites import Suite, SuiteError
 from defenses.api import Images, Task
+
+
+def splits(
+    dataset: str, held_out: int, device: str, folder: Path | None, download: bool = True
+) -> tuple[Images, Images, Images]:
+    """(train, validation, test) of a data set, all its images, the validation images held out of those that train.
+
+    Raises:
+        bench.data.DataError: if the data set is absent or damaged.
+    """
+    load = partial(data.load, dataset, data=folder, download=download, device=device)
+    return *data.hold_out(load("train"), held_out), load("test")
 
 
 def prepare(suite: Suite, device: str, folder: Path | None) -> tuple[Task, Images]:
@@ -17,8 +30,7 @@ def prepare(suite: Suite, device: str, folder: Path | None) -> tuple[Task, Image
         SuiteError: if the suite asks for more images than there are.
     """
     facts = suite.facts
-    train, validation = data.hold_out(data.load(suite.dataset, "train", data=folder, device=device), suite.validation_images)
-    test = data.load(suite.dataset, "test", data=folder, device=device)
+    train, validation, test = splits(suite.dataset, suite.validation_images, device, folder)
     wanted = max(evaluation.images for evaluation in suite.evals.values())
     if wanted > len(test) or (suite.train_images or 0) > len(train):
         raise SuiteError(

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from attacks.guided import View
 from attacks.oracle import ContractError
 from defenses.recipe import Recipe, settings
 
@@ -241,6 +242,14 @@ class Defense(ABC):
     def unsuited(self, task: Task) -> str:
         """Why the method makes no sense on this task, in words; empty if it does."""
         return ""
+
+    def views(self, model: Classifier, task: Task) -> Mapping[str, View] | None:
+        """What an adaptive attacker differentiates instead of the fitted model, by name.
+
+        :func:`defenses.views.views` has those that suit most. None: nobody has thought about it, and records call the defense
+        unreviewed.
+        """
+        return None
 
     def facts(self, model: Classifier) -> dict[str, float]:
         """Numbers of the fitted model worth showing, e.g. how far learned weights are from uniform."""

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attacks.guided import View
 from attacks.streams import Streams, generator
 from defenses.api import Classifier, Defense, Images, Part, Parts, Task, Weights, Workshop
 from defenses.combine import GeometricMedian, Weighted
@@ -28,6 +29,7 @@ from defenses.ensemble import Ensemble
 from defenses.nets import Network, network
 from defenses.smoothing import certify
 from defenses.training import Batch, Trained
+from defenses.views import views
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,9 @@ class Cear(Defense):
     def build(self, task: Task) -> Ensemble:
         rule = Weighted(self.members) if self.aggregate == "rw" else GeometricMedian()
         return Ensemble([network(task) for _ in range(self.members)], rule).to(task.device).eval()
+
+    def views(self, model: Classifier, task: Task) -> dict[str, View]:
+        return views(model)
 
     def fit(self, model: Classifier, task: Task, parts: Parts, seed: int) -> None:
         students = [self.student(task, seed, member) for member in range(self.members)]

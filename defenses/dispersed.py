@@ -17,12 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attacks.guided import View
 from defenses.api import Classifier, Task
 from defenses.ensemble import Ensemble
 from defenses.foreign import TORCHVISION
 from defenses.joint import EnsembleLoss, TrainedTogether, cross_entropies, gradients, pair_cosines
 from defenses.nets import Network
 from defenses.training import Batch
+from defenses.views import views
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,10 @@ class Dispersed(TrainedTogether):
         if self.dropout and task.architecture.startswith(TORCHVISION):
             return f"the features that priority diversified dropout masks are not known of {task.architecture}"
         return ""
+
+    def views(self, model: Classifier, task: Task) -> dict[str, View]:
+        # Dropout that is off at inference lets logits grow until softmax saturates.
+        return views(model, (5.0, 10.0, 50.0))
 
     def loss(self, task: Task) -> DispersedGradients:
         return DispersedGradients(self.alpha, self.beta, self.bins)

@@ -105,6 +105,11 @@ def share(models: Sequence[Classifier]) -> list[Classifier]:
     return [one(model) for model in models]
 
 
+def contents(model: Classifier) -> set[str]:
+    """What tells the networks inside from others: hashes of layers and weights."""
+    return {_content(member) for member in model.members}
+
+
 def _content(net: nn.Module) -> str:
     digest = hashlib.sha256(repr(net).encode())  # layers without weights count, too
     for name, tensor in net.state_dict().items():

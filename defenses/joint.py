@@ -6,6 +6,7 @@ backward pass (methods 4).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attacks import Pgd, Streams
+from attacks.guided import View
 from attacks.streams import generator
 from defenses.api import Classifier, Defense, Parts, Task, Weights, Workshop
 from defenses.combine import Mean
@@ -23,7 +25,8 @@ from defenses.eat import EPS, EnsembleAdversarial
 from defenses.ensemble import Ensemble
 from defenses.nets import leaky, network
 from defenses.recipe import LATER, MODIFIER
-from defenses.training import Batch, Trained, train
+from defenses.training import Batch, Trained, robust_accuracy, train
+from defenses.views import views
 
 QUICK = {1: 0.1, 3: 2 / 255}
 """Radius in l_inf, by channels, of the quick look at robustness after every epoch."""
@@ -102,13 +105,11 @@ class Together(Trained):
         attack = Pgd(norm="linf", eps=QUICK[task.shape[0]], steps=5, restarts=1)
         streams = Streams(self.seed, "quick look", ids=images.ids, device=task.device)
         found = super().checks(net, task)
-        with torch.inference_mode():
-            if not net(images.floats()).isfinite().all():  # the last step broke the weights: no attack can look at that
-                return {**found, "validation_robust": float("nan")}
-        broken = attack(net, images.floats(), images.labels, streams).broken
+        found["validation_robust"] = robust_accuracy(net, images, attack, streams)
+        if math.isnan(found["validation_robust"]):
+            return found
         watched = self.loss.watch(net, images.floats(), generator(self.seed, "watch", self.role, device=task.device))
-        robust = float((~broken).double().mean())
-        return {**found, "validation_robust": robust, **{f"validation_{name}": value for name, value in watched.items()}}
+        return {**found, **{f"validation_{name}": value for name, value in watched.items()}}
 
     def make(self, task: Task, needs: Sequence[Weights], workshop: Workshop) -> Weights:
         ensemble = assembled(task, self.members, self.slope, self.seed, self.architecture)
@@ -191,6 +192,9 @@ class TrainedTogether(Defense):
 
     def build(self, task: Task) -> Ensemble:
         return assembled(task, self.members, self.slope)
+
+    def views(self, model: Classifier, task: Task) -> dict[str, View]:
+        return views(model)
 
     def fit(self, model: Classifier, task: Task, parts: Parts, seed: int) -> None:
         model.load_state_dict(parts.get(self.part(task, seed)))

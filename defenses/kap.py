@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from attacks.guided import View
 from defenses.api import Classifier, Defense, Parts, Task
-from defenses.kernels import PLACES, KernelNetwork, Kernels, Pool, loudness, with_noise
+from defenses.kernels import PLACES, KernelNetwork, Kernels, Pool, folded, loudness, recalibrated, with_noise
 from defenses.nets import Network, body, check_architectures, network
 from defenses.training import Trained
+from defenses.views import views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,17 @@ class Kap(Defense):
     def build(self, task: Task) -> KernelNetwork:
         net = KernelNetwork(network(task, architecture=self.architecture), self.kernels())
         return with_noise(net, self.inference_noise, self.noise)
+
+    def views(self, model: Classifier, task: Task) -> dict[str, View]:
+        """Also the network without its pools as layers, with statistics of quiet activations, and with its noise on."""
+        assert isinstance(model, KernelNetwork)
+        found = views(model)
+        if self.pool == "average":
+            found["folded"] = View(folded(model))
+        found["recalibrated"] = View(recalibrated(with_noise(model, "none", 0.0), task.train))
+        if self.noise:
+            found["noise on"] = View(with_noise(model, "both", self.noise))
+        return found
 
     def fit(self, model: Classifier, task: Task, parts: Parts, seed: int) -> None:
         model.load_state_dict(parts.get(self.part(task, seed)))

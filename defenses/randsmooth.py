@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from attacks.guided import View
 from defenses.api import Classifier, Defense, Parts, Task
 from defenses.nets import Network, network
 from defenses.training import CrossEntropy, Trained
+from defenses.views import views
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,9 @@ class RandSmooth(Defense):
 
     def build(self, task: Task) -> Network:
         return network(task)
+
+    def views(self, model: Classifier, task: Task) -> dict[str, View]:
+        return views(model)
 
     def fit(self, model: Classifier, task: Task, parts: Parts, seed: int) -> None:
         model.load_state_dict(parts.get(gaussian(task, seed, 0, self.sigma)))

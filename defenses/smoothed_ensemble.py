@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from attacks.guided import View
 from defenses.api import Classifier, Defense, Part, Parts, Task
 from defenses.combine import Consensus, Majority, Mean, MeanLogits, Rule
 from defenses.ensemble import Ensemble
@@ -17,6 +18,7 @@ from defenses.foreign import TORCHVISION
 from defenses.nets import check_architectures, network
 from defenses.pretrained import TorchvisionWeights
 from defenses.randsmooth import gaussian
+from defenses.views import views
 
 VOTES = {"logits": MeanLogits, "hard": Majority, "softmax": Mean}
 
@@ -52,6 +54,9 @@ class SmoothedEnsemble(Defense):
     def build(self, task: Task) -> Ensemble:
         rule = VOTES[self.vote]()
         return assemble(task, self.members, self.architectures, Consensus(rule, self.consensus) if self.consensus else rule)
+
+    def views(self, model: Classifier, task: Task) -> dict[str, View]:
+        return views(model)
 
     def fit(self, model: Classifier, task: Task, parts: Parts, seed: int) -> None:
         for net, part in zip(model.members, candidates(task, seed, self.sigma, self.members, self.architectures), strict=True):

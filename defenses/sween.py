@@ -19,6 +19,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from attacks.guided import View
 from attacks.streams import Streams, generator
 from defenses.api import Classifier, Defense, Images, Part, Parts, Task, Weights, Workshop
 from defenses.cear import robust_weights
@@ -26,6 +27,7 @@ from defenses.combine import Adaptive, Weighted
 from defenses.ensemble import Ensemble
 from defenses.nets import Network, check_architectures, network
 from defenses.smoothed_ensemble import assemble, candidates
+from defenses.views import views
 
 SWEEN_3 = ("resnet20", "resnet26", "resnet32")
 SWEEN_7 = ("lenet5", "alexnet", "resnet20", "resnet110", "densenet100", "vgg16", "vgg19")
@@ -144,6 +146,9 @@ class Sween(Defense):
     def build(self, task: Task) -> Ensemble:
         count = len(self.architectures) or self.members
         return assemble(task, self.members, self.architectures, (Adaptive if self.adaptive else Weighted)(count))
+
+    def views(self, model: Classifier, task: Task) -> dict[str, View]:
+        return views(model)
 
     def fit(self, model: Classifier, task: Task, parts: Parts, seed: int) -> None:
         needs = candidates(task, seed, self.sigma, self.members, self.architectures)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,9 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attacks.streams import Shared, drawing, generator
+from attacks.api import Attack
+from attacks.streams import Shared, Streams, drawing, generator
 from defenses.api import Classifier, Images, Part, Recipe, Task, Weights, Workshop
+from defenses.checkpoint import checkpoint, optimizer_of, restore
 from defenses.nets import Network, network
+
+Log = Sequence[Mapping[str, float]]
+"""A line an epoch, see :func:`train`."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -88,6 +93,14 @@ class Trained(Part):
         """What is measured after every epoch."""
         return {"validation_accuracy": accuracy(net, task.validation)}
 
+    def keeps(self, log: Log, task: Task) -> bool:
+        """Whether the weights after the log's last epoch take the place of those kept before; if none are, the last stay."""
+        return False
+
+    def enough(self, log: Log, task: Task) -> str:
+        """Why training ends here, before the recipe does; empty if it goes on."""
+        return ""
+
     def make(self, task: Task, needs: Sequence[Weights], workshop: Workshop) -> Weights:
         teachers = []
         for part, weights in zip(self.needs, needs, strict=True):
@@ -107,22 +120,24 @@ def train(net: Classifier, task: Task, part: Trained, needs: Sequence[Classifier
     """Train in place; goes on from the workshop's checkpoint and leaves one after every epoch.
 
     Every epoch draws from a generator of its own, keyed by (seed, role, member, epoch), so that a continued run is the same
-    run. Loss parts, what the part checks after it, and the seconds of every epoch's steps are reported and kept.
+    run. Of every epoch the log keeps its number from 1, the learning rate halfway through it, the mean of every loss part and
+    of their sum, what the part checks afterwards, the seconds of its steps, and, where a part keeps the weights of an epoch
+    that need not be the last, the number of that epoch so far: "kept".
 
     Raises:
         TrainingDiverged: if a loss part is not finite.
     """
     recipe = part.recipe
-    optimizer = _optimizer(net, recipe)
+    optimizer = optimizer_of(net, recipe)
     log: list[dict[str, float]] = []
+    kept: Weights = {}
     saved = workshop.load()
     if saved is not None:
-        _restore(net, optimizer, saved[0])
+        kept = restore(net, optimizer, saved[0])
         log = saved[1]["log"]
-    for epoch in range(len(log), recipe.epochs):
-        began = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.rate(epoch)
+    ended = part.enough(log, task)
+    while len(log) < recipe.epochs and not ended:
+        epoch, began = len(log), time.perf_counter()
         gens = part.generators(epoch, task.device)
         with _dropout_from(gens[0], net), drawing(net, Shared(gens[1])):
             facts = _epoch(net, task.train, optimizer, part, needs, gens, epoch)
@@ -130,9 +145,17 @@ def train(net: Classifier, task: Task, part: Trained, needs: Sequence[Classifier
         _check_finite(facts, part, epoch)
         facts |= part.checks(net, task)
         _check_finite(facts, part, epoch)
-        log.append({"epoch": epoch + 1, "lr": recipe.rate(epoch), **facts, "seconds": seconds})
-        workshop.save(_checkpoint(net, optimizer), {"log": log})
-        workshop.report(epoch + 1, recipe.epochs, log[-1])
+        log.append({"epoch": epoch + 1, "lr": recipe.rate(epoch + 0.5), **facts, "seconds": seconds})
+        if part.keeps(log, task):
+            kept = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+            log[-1]["kept"] = epoch + 1
+        elif kept:
+            log[-1]["kept"] = log[-2]["kept"]
+        ended = part.enough(log, task)
+        workshop.save(checkpoint(net, optimizer, kept), {"log": log, "ended": ended})
+        workshop.report(len(log), len(log) if ended else recipe.epochs, log[-1])
+    if kept:
+        net.load_state_dict(kept)
     net.eval()
 
 
@@ -142,7 +165,8 @@ def _check_finite(facts: dict[str, float], part: Trained, epoch: int) -> None:
     if broken:
         raise TrainingDiverged(
             f"{part.role} {part.member} (seed {part.seed}): {', '.join(broken)} is not finite in epoch {epoch + 1} of "
-            f"{part.recipe.epochs} at learning rate {part.recipe.rate(epoch):g}; lower recipe.lr or the defense's loss weights"
+            f"{part.recipe.epochs} at learning rate {part.recipe.rate(epoch + 0.5):g}; "
+            "lower recipe.lr or the defense's loss weights"
         )
 
 
@@ -155,6 +179,19 @@ def accuracy(net: nn.Module, images: Images, batch: int = 500) -> float:
             rows = slice(start, start + batch)
             right += int((net(images.floats(rows)).argmax(-1) == images.labels[rows]).sum())
     return right / len(images)
+
+
+def robust_accuracy(net: nn.Module, images: Images, attack: Attack, streams: Streams, batch: int = 250) -> float:
+    """Share of images that the network, in eval mode, decides rightly under an attack; NaN if its answers are not finite."""
+    net.eval()
+    robust = 0
+    for rows in torch.arange(len(images), device=images.pixels.device).split(batch):
+        x = images.floats(rows)
+        with torch.inference_mode():
+            if not net(x).isfinite().all():  # the last step broke the weights: no attack can look at that
+                return float("nan")
+        robust += int((~attack(net, x, images.labels[rows], streams.take(rows)).broken).sum())
+    return robust / len(images)
 
 
 @contextmanager
@@ -208,7 +245,9 @@ def _epoch(  # noqa: PLR0913, PLR0917
     # A last step of one image would give BatchNorm nothing to normalise over.
     steps = [rows for rows in order.split(recipe.batch) if len(rows) > 1]
     sums: dict[str, Tensor] = {}
-    for rows in steps:
+    for number, rows in enumerate(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.rate(epoch + (number + 0.5) / len(steps))
         # Cropped as bytes, a quarter of the memory traffic of floats, and the same numbers.
         x = augment(images.pixels[rows], recipe.augment, gen).float().div_(255)
         seen = Batch(x, images.labels[rows], own, recipe.label_smoothing, epoch, partial(next, partner))
@@ -251,35 +290,3 @@ def augment(x: Tensor, kind: str, gen: torch.Generator) -> Tensor:
     place = (rows.unsqueeze(2) * (w + 8) + columns.unsqueeze(1)).flatten(1)
     padded = F.pad(x, (4, 4, 4, 4)).flatten(2)
     return padded.gather(2, place.unsqueeze(1).expand(n, c, -1)).view(n, c, h, w)
-
-
-def _optimizer(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    if recipe.optimizer == "adam":
-        return torch.optim.Adam(net.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(
-            net.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.nesterov
-        )
-    raise ValueError(f"unknown optimizer {recipe.optimizer!r}; known are adam, sgd")
-
-
-def _checkpoint(net: nn.Module, optimizer: torch.optim.Optimizer) -> Weights:
-    """Network and optimiser as named tensors, so that no pickle is ever written."""
-    weights = {f"net/{name}": tensor for name, tensor in net.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        weights |= {f"optimizer/{index}/{name}": value for name, value in state.items() if value is not None}
-    return weights
-
-
-def _restore(net: nn.Module, optimizer: torch.optim.Optimizer, weights: Weights) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    own: Weights = {}
-    for name, tensor in weights.items():
-        kind, _, rest = name.partition("/")
-        if kind == "net":
-            own[rest] = tensor
-        else:
-            index, _, key = rest.partition("/")
-            state.setdefault(int(index), {})[key] = tensor.clone()
-    net.load_state_dict(own)
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,11 @@ def test_imports_follow_the_arrows_and_files_stay_small(path: Path) -> None:
 
 def test_leaderboards_hold_no_python() -> None:
     assert not list((ROOT / "leaderboards").rglob("*.py"))
+
+
+def test_every_package_is_installed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert {".".join(path.parent.relative_to(ROOT).parts) for path in FILES} <= set(listed)
 
 
 def test_help_imports_nothing_heavy() -> None:

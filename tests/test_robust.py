@@ -12,11 +12,13 @@ import torch
 
 from attacks.reference import installed
 from bench import tables
+from bench.evals import Robust, Subject
 from bench.jobs import Fitted
 from bench.progress import Progress
 from bench.runner import Request, Run
 from bench.store import EXAMPLES, Record, Store
 from bench.suites import SuiteError, load_suite
+from defenses.api import Images, Wrapped
 
 EVALS = """
 [evals.autoattack]
@@ -216,3 +218,21 @@ def test_the_smoothed_classifier_gets_the_version_for_noise_and_says_so(suite: P
     assert notes == ["the model draws noise: version rand instead of standard"]
     assert {m.source for m in record.metrics if m.metric == "robust_accuracy_after"} == {"apgd_ce", "apgd_dlr"}
     assert rows.randomised.all()
+
+
+def test_a_cascade_that_finds_nobody_right_says_so() -> None:
+    """No component ran, so that there is nothing to tell of them."""
+    always = Wrapped(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 5))).eval()
+    always.module[1].weight.data.zero_()  # type: ignore[union-attr, operator, index]
+    always.module[1].bias.data = torch.arange(5.0)  # type: ignore[union-attr, operator, index]
+    some = Images(torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64), torch.arange(3), "dark")
+    asked = Robust(attack="autoattack", norm="l2", eps=[0.5], steps=2, proposals=5, images=3)
+    subject = Subject(always, None, 0)
+    (piece,) = asked.pieces(subject)
+    (rows,) = asked.measure([subject], some, piece)
+    outcome = asked.summarise(rows, subject)
+    assert {m.metric: m.value for m in outcome.metrics if m.denominator == "all"} == {
+        "robust_accuracy": 0.0,
+        "robust_accuracy_8bit": 0.0,
+    }
+    assert not [found for found in outcome.findings if found.kind == "square_helps"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 from pydantic import BeforeValidator, Field
+from torch import Tensor
 
+from attacks.guided import View
 from bench import metrics
 from bench.store import Finding, Metric, Strict
 from defenses.api import Classifier, Images
@@ -32,6 +35,9 @@ class Subject:
         seed: of the evaluation.
         scratch: folder for the unfinished work of one piece.
         epoch_seconds: what an epoch of its training took, if it was trained in epochs.
+        ended: which of its trainings ended before their recipe did, and why.
+        views: makes what its defense says that an adaptive attacker differentiates; None if it says nothing.
+        other: the fitted model of another variant, by its name and fields as on the command line, of another training seed.
     """
 
     model: Classifier
@@ -39,6 +45,9 @@ class Subject:
     seed: int
     scratch: Path | None = None
     epoch_seconds: float | None = None
+    ended: Sequence[str] = ()
+    views: Callable[[], Mapping[str, View] | None] = lambda: None
+    other: Callable[[str], Classifier] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,11 @@ class Base(Strict, ABC):
     def measure(self, subjects: Sequence[Subject], images: Images, piece: Piece) -> list[pd.DataFrame]:
         """Rows per image of a piece, for each subject what it would get alone; ``images`` are the piece's."""
 
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Variants whose fitted models it needs beside the subject."""
+        return ()
+
     def company(self, subject: Subject) -> Hashable | None:
         """Subjects of equal company are cheaper to measure together; None: this one is measured alone."""
         return None
@@ -91,6 +105,13 @@ class Base(Strict, ABC):
     @abstractmethod
     def summarise(self, rows: pd.DataFrame, subject: Subject) -> Outcome:
         """Numbers from all rows."""
+
+    def judged(self, subject: Subject, images: Images, rows: pd.DataFrame, points: Tensor) -> pd.DataFrame | None:
+        """What of a piece's ``rows`` follows from its stored points (n c h w) and the model, decided anew under the same noise.
+
+        A row an image of ``images``, in their order. None: this evaluation stores no points.
+        """
+        return None
 
     def resolved(self, subject: Subject) -> dict[str, Any]:
         """The fields with everything that the subject decides filled in, as the record shows them."""
@@ -122,6 +143,21 @@ class Smoothing(Base, ABC):
         if sigma is None:
             raise Skipped("the defense has no noise level of its own; give evals.<name>.sigma to smooth it all the same")
         return sigma
+
+
+def largest(norm: str, shape: Sequence[int]) -> float:
+    """The radius that holds the whole box [0,1] of images of a shape, in pixels."""
+    return 1.0 if norm == "linf" else math.sqrt(math.prod(shape))
+
+
+def check_threat(place: str, norm: str, eps: Sequence[float], shape: tuple[int, int, int]) -> None:
+    """Refuse a norm or radii that no image of this shape (c h w) has; ``place`` names the key in the error."""
+    if norm not in ("linf", "l2"):
+        raise ValueError(f"{place}.norm: unknown {norm!r}; known are linf, l2")
+    for one in eps:
+        if not 0 < one <= largest(norm, shape):
+            limit = largest(norm, shape)
+            raise ValueError(f"{place}.eps: {one:g} is out of range; in {norm} 0 < eps <= {limit:g} (pixels in [0,1])")
 
 
 def share(name: str, hits: pd.Series | np.ndarray, **facts: Any) -> Metric:

@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 import pandas as pd
 from pydantic import Field
+from torch import Tensor
 
 from attacks import ATTACKS, Attack, AutoAttack, Eot, Streams
+from attacks.api import verdicts
 from attacks.checks import CHECKS, inspect
 from attacks.minimum_norm import MinimumNorm
 from attacks.norms import NORMS
@@ -21,7 +23,7 @@ from attacks.reference import check as check_engine
 from attacks.reference import installed
 from bench.evals.api import Base, Number, Outcome, Piece, Skipped, Subject, share
 from bench.store import Finding, Metric
-from defenses.api import Images
+from defenses.api import Classifier, Images
 from defenses.smoothing import Smoothed
 
 OPTIONS = (
@@ -157,14 +159,24 @@ class Robust(Attacking):
     def measure(self, subjects: Sequence[Subject], images: Images, piece: Piece) -> list[pd.DataFrame]:
         return [self._measure(subject, images, piece) for subject in subjects]
 
-    def _measure(self, subject: Subject, images: Images, piece: Piece) -> pd.DataFrame:
+    def _asked(self, subject: Subject, images: Images) -> tuple[Classifier, Streams]:
+        """What is attacked, and the randomness of it."""
         sigma = self._sigma(subject)
         model = Smoothed(subject.model, sigma).eval() if sigma else subject.model
+        return model, Streams(subject.seed, self.attack, self.norm, ids=images.ids, device=images.pixels.device)
+
+    def judged(self, subject: Subject, images: Images, rows: pd.DataFrame, points: Tensor) -> pd.DataFrame:
+        model, streams = self._asked(subject, images)
+        wrong, broken = verdicts(model, images.floats(), points, images.labels, streams)
+        broken_8bit = decide(model, rounded(points), streams.child("8 bit")) != images.labels
+        columns = {"clean_correct": ~wrong, "broken": broken, "broken_8bit": broken_8bit}
+        return pd.DataFrame({name: mask.cpu() for name, mask in columns.items()})
+
+    def _measure(self, subject: Subject, images: Images, piece: Piece) -> pd.DataFrame:
+        model, streams = self._asked(subject, images)
         eps = piece.setting["eps"]
-        streams = Streams(subject.seed, self.attack, self.norm, ids=images.ids, device=images.pixels.device)
         x, y = images.floats(), images.labels
         result = self.attacker(eps, subject.scratch)(model, x, y, streams, self.queries)
-        rounded = (result.x_adv * 255).round() / 255
         columns: dict[str, Any] = {
             "id": images.ids.cpu(),
             "label": y.cpu(),
@@ -172,7 +184,7 @@ class Robust(Attacking):
             # The contract of attacks: an image that was wrong before costs nothing, any other at least one forward.
             "clean_correct": (result.forwards > 0).cpu(),
             "broken": result.broken.cpu(),
-            "broken_8bit": (decide(model, rounded, streams.child("8 bit")) != y).cpu(),
+            "broken_8bit": (decide(model, rounded(result.x_adv), streams.child("8 bit")) != y).cpu(),
             "distance": result.distance.double().cpu(),
             **{name: getattr(result, name).cpu() for name in ("forwards", "backwards", "zeros")},
             **{name: values.cpu() for name, values in result.details.items()},
@@ -193,7 +205,8 @@ class Robust(Attacking):
             numbers.append(share("robust_accuracy", stands, eps=eps, denominator="all"))
             if right.any():
                 numbers.append(share("robust_accuracy", stands[right], eps=eps, denominator="clean_correct"))
-            numbers.append(share("robust_accuracy_8bit", ~(part.broken_8bit & near), eps=eps, denominator="all"))
+            if "broken_8bit" in part:  # records from before it was asked do not have it
+                numbers.append(share("robust_accuracy_8bit", ~(part.broken_8bit & near), eps=eps, denominator="all"))
             if "broken_by" in part:
                 numbers += self._after_each(part, eps)
             if not self.looks_for_nearest:
@@ -222,7 +235,7 @@ class Robust(Attacking):
     def _findings(self, rows: pd.DataFrame) -> list[Finding]:
         """What the attack itself noticed of masking."""
         found = []
-        steps = int(rows.backwards.sum())
+        steps = int(rows.backwards.sum()) if "zeros" in rows else 0  # records from before they were counted say nothing
         if steps and rows.zeros.sum() / steps > MASKED:
             part = float(rows.zeros.sum() / steps)
             detail = (
@@ -244,7 +257,7 @@ class Robust(Attacking):
         plan = attack.plan(int(rows.classes.iloc[0]), bool(self.noise) or bool(rows.declared.iloc[0]))
         found = [Finding(kind="changed_attack", detail=note) for note in plan.notes]
         names = [name for name, _ in plan.components]
-        if "square" not in names:
+        if "square" not in names or "broken_by" not in rows:  # no image was right, so that none was attacked
             return found
         for eps, part in rows.groupby("eps"):
             hit = part[part.broken_by == names.index("square")]
@@ -253,6 +266,11 @@ class Robust(Attacking):
                 evidence = {"eps": float(eps), "images": hit.id.tolist()[:20]}  # type: ignore[arg-type]
                 found.append(Finding(kind="square_helps", detail=detail, evidence=evidence))
         return found
+
+
+def rounded(points: Tensor) -> Tensor:
+    """Images in [0,1] as 8 bits hold them."""
+    return (points * 255).round() / 255
 
 
 def within(rows: pd.DataFrame, eps: float, nearest: bool) -> tuple[pd.DataFrame, pd.Series]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from bench.arrays import packed
 from defenses.api import Classifier, Images
 from defenses.joint import input_gradients, pair_cosines
 
@@ -38,7 +37,4 @@ def saliency(members: Sequence[Classifier], images: Images, count: int) -> dict[
 
 
 def _file(array: Tensor) -> bytes:
-    """An array with its type and shape; no pickle."""
-    buffer = io.BytesIO()
-    np.save(buffer, array.cpu().numpy(), allow_pickle=False)
-    return buffer.getvalue()
+    return packed(array.cpu().numpy())

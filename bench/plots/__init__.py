@@ -7,7 +7,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from bench.plots.activations import activations, histograms
 from bench.plots.certificates import certified, estimators
+from bench.plots.kernels import kernels
+from bench.plots.noise import noise
 from bench.plots.robust import robust
 from bench.plots.saliency import saliency
 from bench.plots.training import training
@@ -15,7 +18,10 @@ from bench.plots.transfer import transfer
 from bench.plots.variance import variance
 from bench.store import Store
 
-__all__ = ["certified", "draw", "estimators", "robust", "saliency", "training", "transfer", "variance"]
+__all__ = [
+    "activations", "certified", "draw", "estimators", "histograms", "kernels", "noise", "robust", "saliency", "training",
+    "transfer", "variance",
+]  # fmt: skip
 
 
 def draw(store: Store, suite: str, out: Path) -> list[Path]:
@@ -34,10 +40,11 @@ def draw(store: Store, suite: str, out: Path) -> list[Path]:
         figures[f"estimators{suffix}"] = estimators(chosen)
         figures[f"robust{suffix}"] = robust(chosen)
         figures[f"variance{suffix}"] = variance(chosen)
-        pages = saliency(chosen, store)
-        for number, page in enumerate(pages, start=1):
-            figures[f"saliency{suffix}_{number}" if len(pages) > 1 else f"saliency{suffix}"] = page
         figures[f"transfer{suffix}"] = transfer(chosen)
+        figures[f"noise{suffix}"] = noise(chosen)
+        figures[f"activations{suffix}"] = activations(chosen)
+        for name, pages in {"saliency": saliency, "activation_histograms": histograms, "kernels": kernels}.items():
+            figures |= _numbered(f"{name}{suffix}", pages(chosen, store))
     files = []
     for name, figure in figures.items():
         if figure is not None:
@@ -46,3 +53,8 @@ def draw(store: Store, suite: str, out: Path) -> list[Path]:
                 files.append(out / f"{name}.{kind}")
                 figure.savefig(files[-1], dpi=200)
     return sorted(files)
+
+
+def _numbered(name: str, pages: list[Figure]) -> dict[str, Figure]:
+    """Pages by name, with numbers where there are several."""
+    return {f"{name}_{number}" if len(pages) > 1 else name: page for number, page in enumerate(pages, start=1)}

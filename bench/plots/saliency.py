@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -13,6 +12,7 @@ import pandas as pd
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
+from bench.arrays import unpacked
 from bench.plots.style import SMALL, small_print, sources, suites
 from bench.store import Record, Store
 
@@ -84,20 +84,14 @@ def _block(record: Record, rows: pd.DataFrame) -> Block | None:
     kept = rows[rows.saliency.notna()] if "saliency" in rows else rows[:0]
     if kept.empty:
         return None
-    pictures = [_array(own).transpose(1, 2, 0) for own in kept.pixels]
+    pictures = [unpacked(own).transpose(1, 2, 0) for own in kept.pixels]
     return Block(
         f"{record.defense['variant']}, seed {record.seed}",
         kept.label.tolist(),
         [own[..., 0] if own.shape[-1] == 1 else own for own in pictures],
-        [_array(own).astype(float) for own in kept.saliency],
-        [_array(own).astype(float) for own in kept.saliency_cosines],
+        [unpacked(own).astype(float) for own in kept.saliency],
+        [unpacked(own).astype(float) for own in kept.saliency_cosines],
     )
-
-
-def _array(file: bytes) -> np.ndarray:
-    """An array that :func:`bench.evals.saliency.saliency` stored."""
-    found: np.ndarray = np.load(io.BytesIO(file), allow_pickle=False)
-    return found
 
 
 def _figure(shown: Sequence[tuple[Record, Block]]) -> Figure:

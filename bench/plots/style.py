@@ -120,6 +120,11 @@ def small_print(lines: Sequence[str], width: float) -> str:
     return "\n".join(textwrap.fill(line, int(22 * width)) for line in lines)
 
 
+def broken(name: str, letters: int) -> str:
+    """A label in lines of so many letters, broken behind commas."""
+    return textwrap.fill(", ".join(part.strip() for part in name.split(",")), letters)
+
+
 def tidy(axes: Axes) -> None:
     """Small labels, a faint grid, no box."""
     axes.tick_params(labelsize=8)

@@ -17,10 +17,12 @@ from bench.plots.style import COLOURS, MARKERS, legend, tidy
 Note = Mapping[str, Any]
 """What lies beside a trained part: its fields, and a log with a line an epoch."""
 
-FACTS = ("epoch", "lr", "loss", "seconds")
+FACTS = ("epoch", "lr", "loss", "seconds", "kept")
 """What a log's lines hold beside the parts of the loss and what was measured, whose names begin with "validation_"."""
 
-QUICK = "dashed: under a short PGD (at most 200 images)"
+QUICK = "dashed: under a short PGD (at most 1,000 images)"
+
+KEPT = "ring: the epoch whose weights were kept"
 
 WIDE, LINEAR = 20.0, 0.1
 """When an axis is logarithmic, see :func:`_scale`."""
@@ -45,6 +47,7 @@ def training(folder: Path) -> Figure | None:
         for axes, name in zip(panels[2:], names, strict=True):
             if name in loss_parts(note):
                 _draw(axes, note, name, style)
+        _ring(panels[1], note, style)
     labels = ["training loss", "clean validation accuracy (%)", *(f"part of the loss: {name}" for name in names)]
     for axes, label in zip(panels, labels, strict=True):
         axes.set(xlabel="epoch", ylabel=label)
@@ -53,7 +56,8 @@ def training(folder: Path) -> Figure | None:
         if axes is not panels[1]:
             _scale(axes)
     if any("validation_robust" in note["log"][0] for note in notes):
-        panels[1].set_title(f"solid: clean; {QUICK}", fontsize=7)
+        kept = any("kept" in note["log"][-1] for note in notes)
+        panels[1].set_title("\n".join([f"solid: clean; {QUICK}", *([KEPT] if kept else [])]), fontsize=7)
         panels[1].set_ylabel("validation accuracy (%)")
     for role in roles:
         count = sum(_role(note) == role for note in notes)
@@ -85,6 +89,14 @@ def _draw(axes: Axes, note: Note, name: str, style: Mapping[str, Any], scale: fl
     if points:
         few = {"markevery": max(1, len(points) // 5), "marker": style["marker"] or ("." if len(points) == 1 else "")}
         axes.plot(*zip(*points, strict=True), **{**style, **few})
+
+
+def _ring(axes: Axes, note: Note, style: Mapping[str, Any]) -> None:
+    """A ring around the accuracy, under the short PGD if there is one, of the epoch that was kept, if one was."""
+    for line in note["log"]:
+        if line["epoch"] == note["log"][-1].get("kept"):
+            value = 100 * line.get("validation_robust", line["validation_accuracy"])
+            axes.plot([line["epoch"]], [value], "o", ms=6, mfc="none", color=style["color"])
 
 
 def _scale(axes: Axes) -> None:

@@ -1,0 +1,198 @@
+"""Images of other models: random resizing against torch's own, and the worst of all sources image by image."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_adaptive import Linear, images
+from test_training import task
+from torch import Tensor
+
+from attacks import DiverseMim, Mim
+from attacks.input_diversity import diverse
+from attacks.streams import generator
+from bench.evals import BlackBox, Subject
+from bench.jobs import APART
+from bench.runner import Request, Run
+from bench.suites import SuiteError
+from defenses.api import Classifier, Images
+from defenses.combine import Mean
+from defenses.ensemble import Ensemble
+from defenses.nets import network
+
+
+@settings(max_examples=50)
+@given(side=st.integers(8, 32), place=st.tuples(*[st.floats(0, 0.999)] * 3))
+def test_resizing_is_torchs_and_a_zero_border(side: int, place: tuple[float, float, float]) -> None:
+    x = torch.rand((1, 3, side, side), generator=generator(side, "resize"), dtype=torch.float64)
+    seen = diverse(x, torch.tensor([[0.2, *place]], dtype=torch.float64), 0.5)
+    least = math.ceil(0.9 * side)
+    small = least + int(place[0] * (side - least + 1))
+    top, left = int(place[1] * (side - small + 1)), int(place[2] * (side - small + 1))
+    resized = F.interpolate(x, (small, small), mode="bilinear", align_corners=False)
+    expected = F.pad(resized, (left, side - small - left, top, side - small - top))
+    assert torch.allclose(seen, expected, atol=1e-9)
+
+
+def test_some_images_stay() -> None:
+    x = torch.rand((4, 1, 10, 10), generator=generator(0, "some"))
+    numbers = torch.tensor([[0.4, 0, 0, 0], [0.6, 0, 0, 0], [0.4, 0.99, 0, 0], [0.9, 0, 0, 0]])
+    seen = diverse(x, numbers, 0.5)
+    kept = [torch.allclose(a, b, atol=1e-6) for a, b in zip(seen, x, strict=True)]
+    assert kept == [False, True, True, True]  # the third keeps its side
+    assert torch.equal(diverse(x, numbers, 0.0), x)
+
+
+def test_gradients_flow_through_the_resizing() -> None:
+    x = torch.rand((2, 1, 10, 10), generator=generator(0, "grad"), dtype=torch.float64, requires_grad=True)
+    numbers = torch.tensor([[0.1, 0.3, 0.9, 0.0], [0.1, 0.0, 0.5, 0.5]], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda points: diverse(points, numbers, 1.0), x)
+
+
+def test_without_resizing_it_is_mim_to_the_last_step() -> None:
+    x, y, streams = images()
+    found = DiverseMim(norm="linf", eps=0.05, steps=10, step="eps/10", chance=0.0)(Linear(threshold=0.5), x, y, streams)
+    assert torch.allclose(found.x_adv, Mim(norm="linf", eps=0.05)(Linear(threshold=0.5), x, y, streams).x_adv)  # nothing falls
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_no_image_depends_on_the_others(norm: str) -> None:
+    x, y, streams = images()
+    attack = DiverseMim(norm=norm, eps=0.1, steps=5)
+    whole = attack(Linear(), x, y, streams)
+    rows = torch.tensor([7, 2])
+    assert torch.equal(attack(Linear(), x[rows], y[rows], streams.take(rows)).x_adv, whole.x_adv[rows])
+
+
+def test_images_that_are_wrong_are_left_alone_unless_everything_is_asked_for() -> None:
+    x, y, streams = images()
+    wrong = Linear(threshold=3.0)
+    assert torch.equal(Mim(norm="linf", eps=0.05)(wrong, x, y, streams).x_adv, x)
+    moved = Mim(norm="linf", eps=0.05)(wrong, x, y, streams, everything=True)
+    assert moved.broken.all() and (moved.forwards > 0).all()
+    attack = DiverseMim(norm="linf", eps=0.05, steps=10, chance=0.0)
+    assert float((attack(wrong, x, y, streams, everything=True).x_adv - x).abs().mean()) == pytest.approx(0.05, abs=1e-4)
+
+
+# The evaluation
+
+
+def asked(others: dict[str, Classifier], victim: Classifier, **fields: Any) -> tuple[Any, Any]:
+    x, y, _ = images()
+    stored = Images((x * 255).round().to(torch.uint8), y, torch.arange(len(y)), "made")
+    given = {"images": 12, "attack": "diverse_mim", "norm": "linf", "eps": (0.1,), "steps": 10, "sources": tuple(others)}
+    evaluation = BlackBox(**{**given, **fields})
+    evaluation.check("evals.black_box", (1, 2, 2))
+    subject = Subject(victim.eval(), None, 0, other=partial(dict.__getitem__, others))
+    (rows,) = evaluation.measure([subject], stored, evaluation.pieces(subject)[0])
+    return rows, evaluation.summarise(rows, subject).metrics
+
+
+class Blind(Linear):
+    """Looks at some pixels only."""
+
+    def __init__(self, weights: list[float], threshold: float) -> None:
+        super().__init__(threshold=threshold)
+        self.weights = torch.tensor(weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        score = x.flatten(1) @ self.weights.to(x) - self.threshold
+        return torch.stack([score, -score, -2 * score.abs() - 1], 1)
+
+
+def test_the_worst_of_all_sources_counts() -> None:
+    """Sources move only the pixels that they look at, by 0.1 each; the victim adds up all four."""
+    sources: dict[str, Classifier] = {"left": Blind([1.0, 0, 1.0, 0], 0.2), "far": Blind([0, 1.0, 0, 0], 0.1)}
+    x, _, _ = images()
+    beyond = x.flatten(1).sum(1) - 2
+    rows, metrics = asked(sources, Linear())
+    left, far = rows["wrong left"].to_numpy(), rows["wrong far"].to_numpy()
+    assert (left == (beyond < 0.2 - 0.01).numpy()).mean() >= 11 / 12 and far.sum() < left.sum()
+    values = {(m.metric, m.source): m.value for m in metrics if m.denominator == "all"}
+    assert values["robust_accuracy", None] == 1 - (left | far).mean()
+    assert values["black_box_accuracy", "left"] == 1 - left.mean() and values["black_box_accuracy", "far"] == 1 - far.mean()
+
+
+def test_several_losses_are_several_searches() -> None:
+    rows, metrics = asked({"one": Blind([1.0, 0, 1.0, 0], 0.2)}, Linear(), losses=("ce", "margin"), attack="mim")
+    assert {"wrong one, ce", "wrong one, margin"} <= set(rows) and len({m.source for m in metrics if m.source}) == 2
+
+
+def test_a_source_that_shares_a_network_is_refused() -> None:
+    nets = [network(task(), generator(member)) for member in range(3)]
+    x = torch.zeros((1, 1, 28, 28), dtype=torch.uint8)
+    stored = Images(x, torch.zeros(1, dtype=torch.int64), torch.arange(1), "made")
+    evaluation = BlackBox(images=1, attack="mim", norm="linf", eps=(0.1,), sources=("twin",))
+    victim = Ensemble(nets[:2], Mean()).eval()
+    for twin, fine in ((Ensemble(nets[1:], Mean()).eval(), False), (nets[2], True)):
+        subject = Subject(victim, None, 0, other=lambda name, twin=twin: twin)  # type: ignore[misc]
+        if fine:
+            assert len(evaluation.measure([subject], stored, evaluation.pieces(subject)[0])) == 1
+        else:
+            with pytest.raises(ValueError, match="shares a network with the model that is attacked"):
+                evaluation.measure([subject], stored, evaluation.pieces(subject)[0])
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"attack": "fmn"}, "no test of another network"),
+        ({"losses": ("cw",)}, "unknown 'cw'; known are ce, margin, dlr"),
+        ({"loss": "ce"}, "give evals.black_box.losses, a list"),
+        ({"sources": ()}, "at least 1 item"),
+    ],
+)
+def test_wrong_fields_are_refused(fields: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        asked({"one": Linear()}, Linear(), **fields)
+
+
+SUITE = (
+    'name = "outside"\nversion = 1\ndataset = "digits"\narchitecture = "lenet5"\ntrain_images = 64\nvalidation_images = 20\n'
+    '[recipe]\nepochs = 2\nbatch = 32\noptimizer = "adam"\nlr = 0.01\n'
+    '[evals.outside]\nkind = "black_box"\nattack = "diverse_mim"\nnorm = "linf"\neps = ["0.1"]\nsteps = 3\nimages = 8\n'
+    'losses = ["ce", "margin"]\n'
+)
+
+
+def run(tmp_path: Path, sources: str, **fields: Any) -> list[Any]:
+    suite = tmp_path / "outside.toml"
+    suite.write_text(SUITE + f"sources = {sources}\n")
+    request = Request(defense="naive@members=2", suite=str(suite), device="cpu", runs=tmp_path / "runs")
+    return Run(replace(request, **fields)).execute()
+
+
+def test_a_run_trains_surrogates_with_other_seeds_once(tmp_path: Path) -> None:
+    records = run(tmp_path, '["itself", "nt", "naive@members=2"]', seeds=(0, 1))
+    assert [record.status for record in records] == ["success"] * 2, [record.error for record in records]
+    first, second = records
+    assert first.hashes["source itself"] == first.hashes["source naive@members=2"] != first.hashes["weights"]
+    assert first.hashes["source itself"] != second.hashes["source itself"] and "source nt" in first.hashes
+    assert {m.source for m in first.metrics if m.source} >= {"itself, ce", "nt, margin"}
+    assert run(tmp_path, '["itself", "nt", "naive@members=2"]', seeds=(0, 1)) == records
+    (again,) = run(tmp_path, '["itself", "nt", "naive@members=2"]', seeds=(APART,), runs=tmp_path / "other")
+    assert again.hashes["weights"] == first.hashes["source itself"]
+
+
+def test_wrong_sources_are_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="naiv"):
+        run(tmp_path, '["naiv"]')
+    with pytest.raises(SuiteError, match=r"evals\.outside\.sources: one variant each, got 'naive,adp'"):
+        run(tmp_path, '["naive,adp"]')
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_source_that_cannot_be_fitted_is_a_stored_error(tmp_path: Path) -> None:
+    (record,) = run(tmp_path, '["kap"]')
+    assert record.status == "error" and "kap, whose images were asked for, cannot be fitted: lenet5: a sheet of" in str(
+        record.error
+    )
