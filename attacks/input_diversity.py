@@ -69,7 +69,12 @@ class DiverseMim(Attack):
 
 
 def diverse(x: Tensor, numbers: Tensor, chance: float) -> Tensor:
-    """Images (n c h w), each left alone or shrunk bilinearly and padded with zeros, by uniform numbers (n 4)."""
+    """Images (n *shape), each left alone or shrunk bilinearly and padded with zeros, by uniform numbers (n 4).
+
+    Images of any shape are pictures (c h w): what is missing has length one.
+    """
+    if x.ndim != 4:
+        return diverse(x.view(len(x), *[1] * (4 - x.ndim), *x.shape[1:]), numbers, chance).view(x.shape)
     n, _, height, width = x.shape
     least = math.ceil(SMALLEST * height)
     side = least + (numbers[:, 1] * (height - least + 1)).floor().clamp_max(height - least)

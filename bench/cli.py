@@ -209,6 +209,23 @@ def verify(
 
 
 @app.command()
+def diagnose(
+    run: Annotated[Path, typer.Argument(help="RUNS/SUITE, RUNS/SUITE/VARIANT, .../BUDGET, .../seedK, or a record's .json")],
+    format_: Annotated[str, typer.Option("--format", help="text or json")] = "text",
+) -> None:
+    """Say what stored records show of masked gradients and of numbers that cannot be true, and what may be believed."""
+    from bench import diagnose as doubts
+    from bench.suites import unknown
+
+    if format_ not in doubts.FORMATS:
+        raise ValueError(f"--format: {unknown(format_, doubts.FORMATS)}")
+    told, problems = doubts.read(run)
+    print(doubts.render(told, format_))
+    for problem in problems:
+        print(problem, file=sys.stderr)
+
+
+@app.command()
 def audit(
     logs: Annotated[list[Path], typer.Argument(help="tab-separated logs, records (.json or .parquet), folders of them")],
     radii: Annotated[str, typer.Option(help="where certified accuracy is told, e.g. 0,0.25,0.5; default: 0 to 2.25")] = "",

@@ -11,10 +11,10 @@ import pandas as pd
 
 from bench import metrics
 from bench.evals.diversity import UNITS
-from bench.evals.robust import within
 from bench.evals.vulnerability import VULNERABILITY
 from bench.store import Record, Store
 from bench.suites import unknown
+from bench.verdicts import within
 
 LEVEL = 1 - metrics.CONFIDENCE
 """Of the verdicts, for all rows of a comparison together (Holm 1979)."""

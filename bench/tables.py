@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from statistics import mean, stdev
 from typing import Any
 
 from bench import captions, columns
+from bench.diagnose import STATUSES, Diagnosis, Place, certifies, diagnose, place
 from bench.store import Metric, Record, Store
 
 FORMATS = ("text", "md", "latex", "csv", "json", "html")
@@ -28,6 +29,8 @@ class Table:
         title, caption: what it is; the caption names everything that a reader needs to trust or doubt a cell.
         columns: headings, the first two are "defense" and "seeds", the last is "status".
         rows: variant -> heading -> the records and numbers behind a cell; an absent heading is a hole.
+        unfinished: variant -> records without numbers.
+        trust: variant -> what is known of each of its seeds, of attacks or of certificates, as the table is about.
     """
 
     title: str
@@ -35,6 +38,7 @@ class Table:
     columns: list[str]
     rows: dict[str, dict[str, Cell]]
     unfinished: dict[str, list[Record]]
+    trust: dict[str, list[Diagnosis]]
 
 
 def summaries(store: Store, suite: str | None = None) -> list[Table]:
@@ -42,12 +46,13 @@ def summaries(store: Store, suite: str | None = None) -> list[Table]:
 
     Where an evaluation makes no sense for a defense there is a record that says so, but no row.
     """
-    tables = []
-    for _, group in groupby(sorted(store.records(suite or "*"), key=_block), key=_block):
-        records = list(group)
-        sensible = {record.defense["variant"] for record in records if record.status != "skipped"}
+    tables, records = [], store.records(suite or "*")
+    known = {own.place: own for own in diagnose(store, records)}
+    for _, group in groupby(sorted(records, key=_block), key=_block):
+        block = list(group)
+        sensible = {record.defense["variant"] for record in block if record.status != "skipped"}
         if sensible:
-            tables.append(_table([record for record in records if record.defense["variant"] in sensible]))
+            tables.append(_table([record for record in block if record.defense["variant"] in sensible], known))
     return tables
 
 
@@ -94,26 +99,39 @@ def without_sigma(variant: str) -> str:
     return f"{name}@{','.join(kept)}" if kept else name
 
 
-def _table(records: list[Record]) -> Table:
+def _table(records: list[Record], known: Mapping[Place, Diagnosis]) -> Table:
     name, _, budget, kind, _, sigma = _block(records[0])
     rows: dict[str, dict[str, Cell]] = {}
     order: dict[tuple[Any, ...], str] = {}
     unfinished: dict[str, list[Record]] = {}
+    trust: dict[str, dict[Place, Diagnosis]] = {}
     # A challenge has one column of its own; it makes no other ambiguous.
     several = len({record.eval["name"] for record in records if record.eval["fields"].get("kind") != "challenge"}) > 1
     for record in records:
         variant = record.defense["variant"]
         if not record.metrics:
             rows.setdefault(variant, {})
+            trust.setdefault(variant, {})[place(record)] = known[place(record)]
             unfinished.setdefault(variant, []).append(record)
         for metric in numbers(record):
             key = columns.key(record, metric)
-            row = rows.setdefault(f"{without_sigma(variant)}: {metric.estimator}" if metric.estimator else variant, {})
+            label = f"{without_sigma(variant)}: {metric.estimator}" if metric.estimator else variant
+            row = rows.setdefault(label, {})
+            trust.setdefault(label, {})[place(record)] = known[place(record)]
             if key:
                 row.setdefault(order.setdefault(key, columns.heading(key, several)), []).append((record, metric))
     title = f"{name}, {budget}: {kind}" + (f" at sigma = {sigma:g}" if sigma else "")
     headings = ["defense", "seeds", *(order[key] for key in sorted(order)), "status"]
-    return Table(title, _caption(records), headings, rows, unfinished)
+    certificates = any(map(certifies, records))
+    sides = {
+        label: [own.certificates if certificates else own.attacks for _, own in sorted(seeds.items())]
+        for label, seeds in trust.items()
+    }
+    words = {own.status for seeds in sides.values() for own in seeds}
+    told = "; ".join(f"{word}: {STATUSES[word]}" for word in STATUSES if word in words)
+    return Table(
+        title, f"{_caption(records)} Status: {told}; more by bench diagnose RUNS/{name}.", headings, rows, unfinished, sides
+    )
 
 
 def _caption(records: list[Record]) -> str:
@@ -168,15 +186,21 @@ def body(table: Table) -> list[list[str]]:
         records = [record for cell in cells.values() for record, _ in cell] + table.unfinished.get(variant, [])
         seeds = ", ".join(map(str, sorted({record.seed for record in records})))
         shown = without_sigma(variant) if " at sigma = " in table.title else variant
-        lines.append([shown, seeds, *(_show(cells.get(name)) for name in table.columns[2:-1]), _status(records)])
+        status = _status(records, table.trust[variant])
+        lines.append([shown, seeds, *(_show(cells.get(name)) for name in table.columns[2:-1]), status])
     return lines
 
 
-def _status(records: Iterable[Record]) -> str:
-    records = list(records)
+def _status(records: Iterable[Record], trust: Sequence[Diagnosis]) -> str:
+    """The status of every seed, evaluations without a result, and kinds of findings: those about the row's own evaluations, and
+    all signs that make it flagged."""
+    words = {own.status: [str(other.place[3]) for other in trust if other.status == own.status] for own in trust}
+    status = [word if len(words) == 1 else f"{word} (seed {', '.join(seeds)})" for word, seeds in words.items()]
     told = {f"{r.eval['name']} {r.status}" for r in records if r.status != "success"}
-    told |= {finding.kind for record in records for finding in record.findings}
-    return "; ".join(sorted(told)) or "ok"
+    names = {record.eval["name"] for record in records}
+    for own in trust:
+        told |= {f.kind for f in own.findings if own.flags(f) or names & set(f.evidence["evaluations"])}
+    return "; ".join([*status, *sorted(told - set(words))])
 
 
 def render_all(tables: list[Table], fmt: str = "text") -> str:

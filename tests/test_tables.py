@@ -66,11 +66,11 @@ def test_every_cell_is_the_stored_number(store: Store) -> None:
     assert shown["two", "pgd linf 0.1"] == "50.0 ± 14.1 (2 seeds)"  # mean and deviation over two training seeds
     assert shown["two", "seeds"] == "3, 4"
     assert shown["broken", "pgd linf 0.1"] == tables.HOLE
-    assert shown["broken", "status"] == "pgd error"
+    assert shown["broken", "status"] == "unreviewed; pgd error"
     shown = cells(certificate)
     assert shown["one", "CA 0.25"] == "70.0 [35.0, 85.0]"
     assert shown["two", "CA 0.25"] == tables.HOLE
-    assert shown["one", "status"] == "ok"
+    assert shown["one", "status"] == "unreviewed; unreadable_rows"  # nobody can check it
 
 
 def test_captions_name_data_budget_and_estimator(store: Store) -> None:

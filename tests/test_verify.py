@@ -19,10 +19,16 @@ import pytest
 import torch
 from PIL import Image
 
+from attacks import Pgd, Streams
+from attacks.api import verdicts
+from attacks.streams import Draws
 from bench import cli
 from bench.data import load
+from bench.evals import Adaptive, Piece, Subject
 from bench.runner import Request, Run
 from bench.verify import Report, render, verify
+from defenses.api import Classifier, Images, Task
+from defenses.naive import Naive
 
 SUITE = """
 name = "tiny"
@@ -91,6 +97,11 @@ estimator = "pooled (unsound)"
 radii = { step = 0.1 }
 n = 200
 images = 10
+[evals.votes]
+kind = "votes"
+radii = { step = 0.1 }
+n = 10_000
+images = 2
 """
 
 NAIVE, SMOOTHED = "tiny/naive@members=2/quick/seed0", "tiny/randsmooth/quick/seed0"
@@ -103,9 +114,11 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tiny.toml").write_text(SUITE)
     whole = {"suite": str(folder / "tiny.toml"), "device": "cpu", "runs": folder / "runs"}
     wanted = ("clean", "pgd", "noisy", "nearest", "adaptive", "others")
-    Run(Request(defense="naive@members=2", only=wanted, **whole)).execute()
-    Run(Request(defense="naive@members=2", only=("clean",), seeds=(1,), **whole)).execute()
-    Run(Request(defense="randsmooth", only=("clean", "adaptive", "certified", "pooled"), **whole)).execute()
+    smoothed = ("clean", "adaptive", "certified", "pooled", "votes")
+    records = Run(Request(defense="naive@members=2", only=wanted, **whole)).execute()
+    records += Run(Request(defense="naive@members=2", only=("clean",), seeds=(1,), **whole)).execute()
+    records += Run(Request(defense="randsmooth", only=smoothed, **whole)).execute()
+    assert all(record.status == "success" for record in records), [record.error for record in records if record.error]
     return folder / "runs"
 
 
@@ -148,7 +161,7 @@ def bench(*words: str, monkeypatch: pytest.MonkeyPatch) -> int:
 def test_a_fresh_run_holds_and_nothing_is_written_or_drawn(fresh: Path) -> None:
     before, drawn, numpy_drawn = hashes(fresh), torch.get_rng_state(), np.random.get_state()[1].copy()
     reports = {report.record.removeprefix(f"{fresh}/tiny/"): report for report in verify(fresh)}
-    assert len(reports) == 11 and not [found(report) for report in reports.values() if report.mismatches]
+    assert len(reports) == 12 and not [found(report) for report in reports.values() if report.mismatches]
     checked = {name: report.checked[-1] for name, report in reports.items()}
     assert checked["naive@members=2/quick/seed0/clean.json"] == "clean decisions (30 of 30 images)"
     assert checked["randsmooth/quick/seed0/certified.json"] == "certificates (5 of 20 images)"
@@ -379,6 +392,15 @@ def test_a_certificate_is_found_by_certifying_anew_once_it_is_in_the_sample(runs
     assert one(runs / SMOOTHED / "certified.json", sample=0).not_checked["certificates (0 of 20 images)"]
 
 
+def test_a_vote(runs: Path) -> None:
+    path = runs / SMOOTHED / "votes.parquet"
+    rows = pd.read_parquet(path)
+    changed = rows.votes[1].copy()
+    changed[0] -= 1
+    edit_rows(path, lambda rows: rows.assign(votes=[rows.votes[0], changed]))
+    assert f"votes of image {rows.id[1]} | [" in found(one(runs / SMOOTHED / "votes.json"))
+
+
 def test_a_radius_above_what_can_be_certified(runs: Path) -> None:
     path = runs / SMOOTHED / "certified.parquet"
     edit_rows(path, lambda rows: rows.assign(radius=rows.radius + 5.0 * (rows.index == 4)))
@@ -422,7 +444,7 @@ def test_a_data_set_with_one_image_changed(parquet: tuple[Path, Path], split: st
         pixels[7, 3, 3] ^= 1
     write(data / f"mnist/{'train' if split == 'train' else 'test'}.parquet", pixels, labels)
     reports = verify(runs, data)
-    text = "\n".join(map(found, reports))
+    text = "".join(map(found, reports))
     if split == "none":
         assert not text
     elif split == "train":
@@ -459,7 +481,7 @@ def test_missing_weights_and_examples_are_told_and_nothing_is_trained(
         f"no weights: plain 0 is not in {runs / 'tiny/parts'}" in out
         and "there is no pgd.examples.parquet beside the record" in out
     )
-    assert out.splitlines()[-1] == "11 records: 11 holds in part; no mismatch"
+    assert out.splitlines()[-1] == "12 records: 12 holds in part; no mismatch"
     assert hashes(runs) == before and not (runs / "tiny/parts").exists()
 
 
@@ -472,7 +494,7 @@ def test_a_mismatch_is_code_1_with_everything_in_the_output(
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith(f"MISMATCH      {path}: checked rows, numbers, data")
     assert out[1] == f"{path}: clean_accuracy: value" and out[2].split() == ["stored", "0.987"]
-    assert out[-1] == "1 records: 1 MISMATCH; 1 mismatches in 1 records"
+    assert out[-1] == "1 record: 1 MISMATCH; 1 mismatch in 1 record"
     assert bench(str(path), "--format", "json", monkeypatch=monkeypatch) == 1
     (report,) = json.loads(capsys.readouterr().out)
     assert report["verdict"] == "MISMATCH" and report["mismatches"][0]["stored"] == 0.987
@@ -544,6 +566,57 @@ def test_a_defense_that_is_not_registered_and_a_file_that_is_not_executed(runs: 
         assert {"rows", "numbers", "data"} <= set(report.checked)
         assert report.not_checked["weights"] == f"the defense {label!r} is not registered here"
     assert not (runs / "executed").exists()
+
+
+def test_what_a_defense_draws_globally_leaves_no_trace(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = Naive.build
+
+    def drawing(self: Naive, task: Task) -> Any:
+        torch.rand(3)
+        return build(self, task)
+
+    monkeypatch.setattr(Naive, "build", drawing)
+    drawn = torch.get_rng_state()
+    assert one(fresh / NAIVE / "clean.json").verdict == "holds in part"
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
+class Hesitant(Classifier, Draws):
+    """Nearly every decision depends on the draw."""
+
+    randomized = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = x.flatten(1)[:, :2] - 0.5
+        return 0.02 * first + self.normal_like(first)
+
+
+def hesitating(count: int = 60) -> tuple[Hesitant, Images, Streams]:
+    images = load("digits", "test").first(count)
+    halves = Images(images.pixels, images.ids % 2, images.ids, "digits, even or odd")
+    return Hesitant().eval(), halves, Streams(3, "hesitant", ids=images.ids)
+
+
+def test_verdicts_repeat_the_noise_of_an_attack() -> None:
+    model, images, streams = hesitating()
+    found = Pgd(norm="linf", eps=0.1, steps=1, restarts=1)(model, images.floats(), images.labels, streams)
+    wrong, broken = verdicts(model, images.floats(), found.x_adv, images.labels, streams)
+    assert torch.equal(wrong, found.forwards == 0) and torch.equal(broken, found.broken)
+    _, others = verdicts(model, images.floats(), found.x_adv, images.labels, streams.child("others"))
+    assert not torch.equal(others, found.broken), "the verdict depends on the noise"
+
+
+def test_an_adaptive_attacks_verdicts_repeat_its_noise() -> None:
+    model, images, _ = hesitating(30)
+    evaluation = Adaptive(norm="linf", eps=(0.1,), steps=1, pgd_steps=1, proposals=2, eot=1, images=30)
+    subject = Subject(model, None, 0)
+    (rows,) = evaluation.measure([subject], images, Piece(slice(0, 30), {"eps": 0.1}))
+    assert (rows.broken_by[rows.clean_correct] != "").any() and not rows.clean_correct.all()
+    points = torch.from_numpy(np.stack([np.frombuffer(own, np.float32) for own in rows.x_adv])).reshape(30, 1, 28, 28)
+    again = evaluation.judged(subject, images, rows, points)
+    assert (again.clean_correct == rows.clean_correct).all() and (again.broken_by == rows.broken_by).all()
+    others = evaluation.judged(Subject(model, None, 1), images, rows, points)
+    assert (others.broken_by != rows.broken_by).any()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device to repeat it on")

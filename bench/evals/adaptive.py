@@ -23,10 +23,8 @@ from attacks.norms import NORMS
 from attacks.oracle import decide
 from bench.evals.api import Base, Number, Outcome, Piece, Subject, share
 from bench.store import Finding, Metric
+from bench.verdicts import KNOWN
 from defenses.api import Images
-
-KNOWN = ("apgd_ce", "apgd_t")
-"""The attacks of the cascade that every harness runs; what falls only later fell to knowledge of the defense."""
 
 HELPS = 0.002
 """Share of images that must fall to later attacks before a record says that they help (as methods 8.10 has it for Square)."""

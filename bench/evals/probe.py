@@ -84,6 +84,8 @@ class Probe(Base):
             torch.manual_seed(subject.seed)
             right = decide(model, x, streams.child("clean")) == y
             signs = inspect(model, x, y, streams)
+            if signs["zero_gradient"].all():
+                model = Connected(model)
             case = Case(model, x, y, right, bool(signs["randomised"].any()), streams)
             edge = largest(self.norm, images.shape)
             stands, _ = case.after(self._pgd(edge, self.steps[-1], 1, start="clean"), right, self.eot)
@@ -153,6 +155,23 @@ class Probe(Base):
 
     def summarise(self, rows: pd.DataFrame, subject: Subject) -> Outcome:
         return Outcome(numbers(rows, self.searches), findings(rows, self.searches, self.directions))
+
+
+class Connected(Classifier):
+    """A model whose answers may be cut off from the image (rounded to integers, detached), with a gradient of zero there."""
+
+    def __init__(self, model: Classifier) -> None:
+        super().__init__()
+        self.model, self.randomized = model, model.randomized
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(x)
+        cut = torch.is_grad_enabled() and not logits.requires_grad
+        return logits + 0 * x.flatten(1).sum(1, keepdim=True) if cut else logits
+
+    def predict(self, x: Tensor) -> Tensor:
+        return self.model.predict(x)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from attacks.reference import check as check_engine
 from attacks.reference import installed
 from bench.evals.api import Base, Number, Outcome, Piece, Skipped, Subject, share
 from bench.store import Finding, Metric
+from bench.verdicts import within
 from defenses.api import Classifier, Images
 from defenses.smoothing import Smoothed
 
@@ -263,7 +264,7 @@ class Robust(Attacking):
             hit = part[part.broken_by == names.index("square")]
             if len(hit) / len(part) > HELPS:
                 detail = f"Square broke {len(hit)} of {len(part)} images at eps {eps:g} that gradient attacks had left standing"
-                evidence = {"eps": float(eps), "images": hit.id.tolist()[:20]}  # type: ignore[arg-type]
+                evidence = {"eps": float(eps), "images": hit.id.tolist()[:20], "count": len(hit)}  # type: ignore[arg-type]
                 found.append(Finding(kind="square_helps", detail=detail, evidence=evidence))
         return found
 
@@ -271,15 +272,6 @@ class Robust(Attacking):
 def rounded(points: Tensor) -> Tensor:
     """Images in [0,1] as 8 bits hold them."""
     return (points * 255).round() / 255
-
-
-def within(rows: pd.DataFrame, eps: float, nearest: bool) -> tuple[pd.DataFrame, pd.Series]:
-    """The rows that tell of a budget, and whether each row's point lies in it: an image stands unless it is broken there.
-
-    Where every budget had a search of its own its points do, whose distances rounding may put a hair beyond eps.
-    """
-    part = rows if nearest else rows[rows.eps == eps]
-    return part, part.distance <= eps if nearest else pd.Series(True, index=part.index)
 
 
 def _spent(part: pd.DataFrame, eps: float | None) -> Metric:

@@ -25,7 +25,7 @@ KEPT = 0.5
 in the median, also at budgets that break every image; gradients shattered until PGD fails less than 0.5, most less than 0.1."""
 
 UNCONVERGED = 0.05
-"""Share of images that the last enlargement of PGD, fourfold steps or restarts, may still break. Trained networks lose 0 to 3 %
+"""Share of images that the last enlargement of PGD, fourfold steps or restarts, may still break. Trained networks lose 0 to 4 %
 (methods 12.2: AutoAttack itself is within 4 points of a converged PGD)."""
 
 NOISY = 0.01
@@ -62,7 +62,7 @@ def column(steps: int, restarts: int) -> str:
 
 def words(steps: int, restarts: int) -> str:
     """A PGD in words, the ``source`` of its accuracy."""
-    return f"pgd, {steps} steps, {restarts} restart{'s' if restarts > 1 else ''}"
+    return f"pgd, {steps} step{'s' * (steps > 1)}, {restarts} restart{'s' * (restarts > 1)}"
 
 
 def _of_gradients(right: pd.DataFrame, facts: dict[str, Any]) -> list[Metric]:
@@ -132,7 +132,7 @@ def _gradients_at_image(first: pd.DataFrame) -> Iterator[Finding]:
         yield _sign("zero_gradients", detail, flat)
     if len(saturated) > MASKED * len(right):
         detail = (
-            f"{len(saturated)} of {len(right)} images: the margin has a gradient (length {saturated.margin_slope.median():.3g}), "
+            f"{len(saturated)} of {len(right)} images: the margin has a gradient ({saturated.margin_slope.median():.3g} long), "
             "cross-entropy has none: the softmax is saturated; attack a margin, DLR, or logits that are divided"
         )
         yield _sign("saturated_loss", detail, saturated)

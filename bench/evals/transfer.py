@@ -21,10 +21,8 @@ from attacks.oracle import decide
 from bench.evals.api import Outcome, Piece, Skipped, Subject, mean_of, share
 from bench.evals.robust import Attacking
 from bench.store import Metric
+from bench.verdicts import ENSEMBLE
 from defenses.api import Classifier, Images
-
-ENSEMBLE = "ensemble"
-"""The whole, as a source and as a target; members go by their number, from 0."""
 
 SUMMED = "percent, sum over targets"
 """Unit of TSR: between 0 and 100 (members - 1)."""

@@ -1,0 +1,288 @@
+"""What may be believed of a variant: its findings, which of them are signs of masked gradients, and a status in one word.
+
+Findings are those that the records carry and those of :mod:`bench.invariants`; :data:`SIGNS` says what each kind means and
+:data:`STATUSES` what each status does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from bench.invariants import inconsistencies
+from bench.metrics import wilson
+from bench.partial import StoreError
+from bench.store import Finding, Record, Store
+
+STATUSES = {
+    "flagged": "a sign of masked gradients, or numbers that cannot all be true: read the findings before quoting any",
+    "certified": "no flag, and a certificate by a sound estimator; it says nothing beyond its norm and radius",
+    "adaptive": "no flag, and attacked through views that its defense names; that accuracy is the one to quote",
+    "autoattack-ok": "no flag, and attacked by all of AutoAttack (or its version for models that draw noise)",
+    "unreviewed": "no flag, but neither a certificate nor AutoAttack, or a defense that names no view to attack it through",
+}
+"""What each status means, in the order in which the first that fits is taken; but an adaptive evaluation without views makes a
+row unreviewed, whatever AutoAttack says. Only finished evaluations count whose rows are there."""
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What a kind of finding means.
+
+    Attributes:
+        flags: whether it makes the status "flagged"; else it is for information.
+        text: in words.
+        least: share of the images above which it flags, with 97.5 % confidence.
+    """
+
+    flags: bool
+    text: str
+    least: float = -1.0
+
+
+_MASKED, _FALSE, _TOLD = "sign of masked gradients", "cannot be true", "for information"
+
+SIGNS = {
+    # of attacks
+    "zero_gradients": Sign(True, _MASKED),
+    "zero_gradient": Sign(True, _MASKED),
+    "saturated_loss": Sign(True, _MASKED),
+    "gradient_no_better_than_random": Sign(True, _MASKED),
+    "shattered_gradients": Sign(True, _MASKED),
+    "not_converged": Sign(True, _MASKED),
+    "unbounded_stands": Sign(True, _MASKED),
+    "noise_dependent": Sign(True, _MASKED),
+    "no_expectation": Sign(True, _MASKED),
+    "randomised": Sign(True, _MASKED),
+    "probabilities": Sign(True, _MASKED),
+    "dynamic": Sign(True, _MASKED),
+    "square_helps": Sign(True, _MASKED, least=0.002),  # methods 8.10; one image of 100 may be luck
+    "accuracy_rises_with_eps": Sign(True, _MASKED),
+    "more_effort_does_less": Sign(True, _MASKED),
+    "black_box_stronger": Sign(True, _MASKED),
+    "worst_case_beaten": Sign(True, _MASKED),
+    "fgsm_stronger_than_pgd": Sign(True, _MASKED),
+    "adaptive_much_stronger": Sign(True, _MASKED),
+    # of whatever has numbers
+    "outside_budget": Sign(True, _FALSE),
+    "not_a_number": Sign(True, _FALSE),
+    "unsound": Sign(True, _FALSE),
+    # of certificates
+    "certified_rises_with_radius": Sign(True, _FALSE),
+    "radius_above_ceiling": Sign(True, _FALSE),
+    "radius_above_votes": Sign(True, _FALSE),
+    "certified_above_attacked": Sign(True, _FALSE),
+    "wrong_log": Sign(True, _FALSE),
+    # for the reader
+    "weak_attack": Sign(False, _TOLD),
+    "unreadable_rows": Sign(False, _TOLD),
+    "adaptive_helps": Sign(False, _TOLD),
+    "changed_attack": Sign(False, _TOLD),
+    "noise_repairs": Sign(False, _TOLD),
+    "training_ended_early": Sign(False, _TOLD),
+    "unreviewed": Sign(False, _TOLD),
+}
+"""Every kind of finding; kinds that are not here are for information."""
+
+CERTIFYING = ("certified", "votes", "variance")
+"""Kinds of evaluations with certificates; "challenge" attacks them."""
+
+WHOLE = ("standard", "plus", "rand")
+"""Versions of AutoAttack with everything that they need; CEAR's subset lacks Square, which exposes masking."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What is known of one variant, seed and budget of a suite.
+
+    Attributes:
+        records: all of them.
+        findings: everything found; evidence names the evaluations that a finding is about.
+    """
+
+    records: tuple[Record, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def place(self) -> Place:
+        """Whose it is."""
+        return place(self.records[0])
+
+    def flags(self, finding: Finding) -> bool:
+        """Whether a finding makes the status "flagged"."""
+        sign = SIGNS.get(finding.kind, Sign(False, _TOLD))
+        if not sign.flags or sign.least < 0:
+            return sign.flags
+        names = finding.evidence["evaluations"]
+        images = min(record.eval["fields"].get("images", 1) for record in self.records if record.eval["name"] in names)
+        count = finding.evidence.get("count", len(finding.evidence.get("images", ())))
+        return wilson(min(count, images), images)[0] > sign.least
+
+    def about(self, evaluations: Iterable[str]) -> Diagnosis:
+        """The same of some of the evaluations: their records, and the findings that name one of them."""
+        names = set(evaluations)
+        records = tuple(record for record in self.records if record.eval["name"] in names)
+        return Diagnosis(records or self.records[:0], tuple(f for f in self.findings if names & set(f.evidence["evaluations"])))
+
+    @property
+    def attacks(self) -> Diagnosis:
+        """The same without what certifies."""
+        return self.about(record.eval["name"] for record in self.records if not certifies(record))
+
+    @property
+    def certificates(self) -> Diagnosis:
+        """The same of what certifies alone: masked gradients take nothing from a certificate."""
+        return self.about(record.eval["name"] for record in self.records if certifies(record))
+
+    @property
+    def status(self) -> str:
+        """A word of :data:`STATUSES`."""
+        unread = {name for own in self.findings if own.kind == "unreadable_rows" for name in own.evidence["evaluations"]}
+        done = [record for record in self.records if record.status == "success" and record.eval["name"] not in unread]
+        kinds = {record.eval["fields"].get("kind") for record in done}
+        broken = any(record.eval["fields"].get("kind") == "challenge" and record.status == "error" for record in self.records)
+        if any(self.flags(finding) for finding in self.findings):
+            return "flagged"
+        if kinds & set(CERTIFYING) and not broken:
+            return "certified"
+        if "adaptive" in kinds:
+            return "unreviewed" if any(finding.kind == "unreviewed" for finding in self.findings) else "adaptive"
+        whole = any(fields.get("attack") == "autoattack" and fields.get("version") in WHOLE for fields in map(_fields, done))
+        return "autoattack-ok" if whole else "unreviewed"
+
+
+def certifies(record: Record) -> bool:
+    """Whether a record is about certificates."""
+    return record.eval["fields"].get("kind") in (*CERTIFYING, "challenge")
+
+
+def _fields(record: Record) -> dict[str, Any]:
+    return record.eval["fields"] if record.eval["fields"].get("kind") == "robust" else {}
+
+
+Place = tuple[str, str, str, int]
+"""Suite, budget, variant and seed."""
+
+
+def place(record: Record) -> Place:
+    """Whose record it is."""
+    return record.suite["name"], record.suite["budget"], record.defense["variant"], record.seed
+
+
+def diagnose(store: Store, records: Iterable[Record]) -> list[Diagnosis]:
+    """A diagnosis of every variant, seed and budget that has records, in the order of their places."""
+    found = []
+    for _, group in groupby(sorted(records, key=place), key=place):
+        own = tuple(group)
+        carried = [_carried(record, finding) for record in own for finding in record.findings]
+        found.append(Diagnosis(own, (*carried, *inconsistencies(store, own))))
+    return found
+
+
+def _carried(record: Record, finding: Finding) -> Finding:
+    """A record's finding, with the evaluation that it is about."""
+    return finding.model_copy(update={"evidence": {"evaluations": [record.eval["name"]], **finding.evidence}})
+
+
+# The command
+
+
+FORMATS = ("text", "json")
+
+Told = tuple[Diagnosis, tuple[Finding, ...]]
+"""A diagnosis, and those of its findings that were asked for."""
+
+
+def read(path: Path) -> tuple[list[Told], list[str]]:
+    """The diagnoses of a place in a run folder, and files that could not be read, in words.
+
+    Args:
+        path: RUNS/SUITE, RUNS/SUITE/VARIANT, .../BUDGET, .../seedK, or one record's .json. Of a record the findings are told
+            that are about it; the other evaluations of its network are what it is compared with.
+
+    Raises:
+        ValueError: if there is no such place, or no record in it.
+    """
+    if not path.exists():
+        raise ValueError(f"there is no {path}; {_ALLOWED}")
+    place = path.resolve()
+    folder = place.parent if place.is_file() else place
+    levels = range(0 if folder.name.startswith("seed") else 1, len(_PATTERNS))
+    level = next((up for up in levels if any(folder.glob(_PATTERNS[up]))), None)
+    if level is None or (place.is_file() and (level or place.suffix != ".json")):
+        raise ValueError(f"{path} holds no records; {_ALLOWED}")
+    root = folder.parents[3 - level] if level < 4 else folder
+    store, records, problems = Store(root), [], []
+    for file in sorted(folder.glob(_PATTERNS[level])):
+        try:
+            record = store.read(file)
+        except StoreError as error:
+            problems.append(str(error))
+            continue
+        if store.path(record) == file:
+            records.append(record)
+        else:
+            problems.append(f"{file} belongs to {store.path(record)}; it was left out")
+    names = {place.stem} if place.is_file() else {record.eval["name"] for record in records}
+    if not any(record.eval["name"] in names for record in records):
+        raise ValueError("; ".join(problems))
+    return [(found, found.about(names).findings) for found in diagnose(store, records)], problems
+
+
+_PATTERNS = ("*.json", "seed*/*.json", "*/seed*/*.json", "*/*/seed*/*.json", "*/*/*/seed*/*.json")
+"""Where records lie below a seed, a budget, a variant, a suite and a run folder."""
+
+_ALLOWED = "give RUNS/SUITE, RUNS/SUITE/VARIANT, .../BUDGET, .../seedK, or one record's .json"
+
+
+def render(told: Sequence[Told], fmt: str = "text") -> str:
+    """Diagnoses as text or JSON.
+
+    Raises:
+        ValueError: for another format.
+    """
+    if fmt not in FORMATS:
+        raise ValueError(f"unknown format {fmt!r}; known are {', '.join(FORMATS)}")
+    if fmt == "json":
+        return json.dumps([_raw(*one) for one in told], indent=1, allow_nan=False)
+    return "\n".join(line for one in told for line in _lines(*one))
+
+
+def _raw(diagnosis: Diagnosis, findings: Iterable[Finding]) -> dict[str, Any]:
+    place = dict(zip(("suite", "budget", "defense", "seed"), diagnosis.place, strict=True))
+    words = {side: own.status for side, own in _sides(diagnosis).items()}
+    kept = [{**own.model_dump(), "flags": diagnosis.flags(own), "means": _means(own)} for own in findings]
+    return {**place, "status": diagnosis.status, "of": words, "findings": kept}
+
+
+def _sides(diagnosis: Diagnosis) -> dict[str, Diagnosis]:
+    """Attacks and certificates, if there are both."""
+    both = {"attacks": diagnosis.attacks, "certificates": diagnosis.certificates}
+    return both if all(own.records for own in both.values()) else {}
+
+
+def _means(finding: Finding) -> str:
+    return SIGNS.get(finding.kind, Sign(False, _TOLD)).text
+
+
+def _lines(diagnosis: Diagnosis, findings: Sequence[Finding]) -> Iterable[str]:
+    suite, budget, variant, seed = diagnosis.place
+    words = "; ".join(f"{side}: {own.status}" for side, own in _sides(diagnosis).items())
+    yield f"{suite}, {budget}, {variant}, seed {seed}: {diagnosis.status}" + (f" ({words})" if words else "")
+    for finding in sorted(findings, key=lambda own: not diagnosis.flags(own)):
+        mark = "!" if diagnosis.flags(finding) else "-"
+        evaluations = ", ".join(finding.evidence["evaluations"])
+        yield f"  {mark} {finding.kind} ({_means(finding)}; {evaluations}): {finding.detail}"
+        shown = {name: value for name, value in finding.evidence.items() if name not in ("evaluations", "images", "count")}
+        images = finding.evidence.get("images", [])
+        if images:
+            more = finding.evidence.get("count", len(images)) - len(images)
+            shown["images"] = ", ".join(map(str, images)) + (f" and {more} more" if more > 0 else "")
+        if shown:
+            yield "      " + "; ".join(f"{name}: {value}" for name, value in shown.items())
+    if not findings:
+        yield "    no findings"

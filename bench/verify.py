@@ -1,0 +1,179 @@
+"""Recompute what stored records say: numbers from rows, data, weights, clean decisions, adversarial examples, certificates.
+
+Nothing is trained, downloaded or written. What cannot be recomputed is named with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from bench import checks
+from bench.mismatch import Mismatch
+from bench.partial import StoreError
+from bench.progress import Progress
+from bench.remeasure import measured
+from bench.restore import Case, Impossible, Stock
+from bench.store import FORMAT, Record, Store
+
+FORMATS = ("text", "json")
+
+
+@dataclass
+class Report:
+    """What became of one record.
+
+    Attributes:
+        record: its path.
+        status: of the record; "unreadable" if it is none.
+        checked: what was recomputed, whether it holds or not.
+        not_checked: what could not be, and why.
+        mismatches: what does not hold.
+        note: why nothing was checked.
+    """
+
+    record: str
+    status: str
+    checked: list[str] = field(default_factory=list)
+    not_checked: dict[str, str] = field(default_factory=dict)
+    mismatches: list[Mismatch] = field(default_factory=list)
+    note: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """In a word or two."""
+        if self.mismatches:
+            return "MISMATCH"
+        if self.status != "success":
+            return self.status
+        return "holds in part" if self.not_checked else "holds"
+
+
+def verify(path: Path, data: Path | None = None, sample: int = 5, progress: Progress | None = None) -> list[Report]:
+    """Recompute what can be recomputed of every record at or below a path.
+
+    Args:
+        path: a record's JSON file, or a folder above records: of a seed, budget, variant, suite, or a whole run folder.
+        data: folder of data sets; the environment's BENCH_DATA by default.
+        sample: images of a certified record that are certified anew.
+        progress: where to tell how far it is.
+
+    Raises:
+        ValueError: if there is no record, or the sample is negative.
+    """
+    if sample < 0:
+        raise ValueError(f"--sample: how many images to certify anew, at least 0, got {sample}")
+    paths = find(path)
+    stock, reports = Stock(data), []
+    with _as_measured(), (progress or Progress(None)).step(f"verifying {path}") as report:
+        for number, record in enumerate(paths):
+            reports.append(_verify(record, stock, sample))
+            report(number + 1, len(paths), {})
+    return reports
+
+
+def find(path: Path) -> list[Path]:
+    """The records at or below a path, in a fixed order.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if path.is_file() and path.suffix == ".json":
+        return [path]
+    found = sorted(own for own in path.rglob("*.json") if re.fullmatch(r"seed-?\d+", own.parent.name)) if path.is_dir() else []
+    if not found:
+        raise ValueError(f"there is no record at or below {path}; give a record's .json file or a folder above, such as --runs")
+    return found
+
+
+@contextmanager
+def _as_measured() -> Iterator[None]:
+    """The arithmetic of a run (see :meth:`bench.runner.Run.execute`); whatever is drawn globally leaves no trace."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False))
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        yield
+
+
+def _verify(path: Path, stock: Stock, sample: int) -> Report:
+    """One record."""
+    content = _read(path)
+    if isinstance(content, Report):
+        return content
+    report = Report(str(path), content.status)
+    if content.status != "success":
+        report.note = (content.error or "it is not finished").strip().splitlines()[-1]
+        return report
+    case = Case(path, content, stock, sample)
+    planned = {name: getattr(checks, name) for name in ("request", "rows", "numbers", "data", "weights")}
+    try:
+        name, check = measured(case)
+        planned[name] = check
+    except Impossible as reason:
+        report.not_checked["measurements"] = str(reason)
+    for name, check in planned.items():
+        try:
+            for mismatch in check(case):
+                report.mismatches.append(mismatch)
+            report.checked.append(name)
+        except Impossible as reason:
+            report.not_checked[name] = str(reason)
+        except Exception as error:  # what was measured once can be measured again: that it cannot is what was looked for
+            report.mismatches.append(Mismatch(name, "could be computed", f"{type(error).__name__}: {error}"))
+    return report
+
+
+def _read(path: Path) -> Record | Report:
+    """The record, or what is wrong with it."""
+    try:
+        return Store(path.parent).read(path)
+    except StoreError as error:
+        try:
+            form = json.loads(path.read_bytes()).get("format", FORMAT)
+        except (ValueError, AttributeError):
+            form = FORMAT
+        if form != FORMAT:
+            return Report(str(path), "unreadable", note=f"format {form!r}; this version reads {FORMAT}")
+        return Report(str(path), "unreadable", mismatches=[Mismatch("the file", "a record", str(error))])
+
+
+def render(reports: Sequence[Report], fmt: str = "text") -> str:
+    """The reports as text, a line a record and then every mismatch, or as JSON."""
+    if fmt == "json":
+        shown = [{"verdict": report.verdict, **asdict(report)} for report in reports]
+        return json.dumps(shown, indent=1, default=str)
+    lines = [_line(report) for report in reports]
+    for report in reports:
+        lines += [
+            f"{report.record}: {own.what}\n    stored      {own.stored}\n    recomputed  {own.recomputed}"
+            for own in report.mismatches
+        ]
+    wrong = [report for report in reports if report.mismatches]
+    counts = {
+        verdict: sum(report.verdict == verdict for report in reports) for verdict in dict.fromkeys(r.verdict for r in reports)
+    }
+    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    number = sum(len(report.mismatches) for report in wrong)
+    ending = f"{_many(number, 'mismatch', 'es')} in {_many(len(wrong), 'record')}" if wrong else "no mismatch"
+    return "\n".join([*lines, f"{_many(len(reports), 'record')}: {told}; {ending}"])
+
+
+def _many(count: int, what: str, ending: str = "s") -> str:
+    return f"{count} {what}{'' if count == 1 else ending}"
+
+
+def _line(report: Report) -> str:
+    """One record: what was checked, and what could not be, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in report.not_checked.items():
+        reasons.setdefault(reason, []).append(name)
+    parts = [report.note] if report.note else []
+    parts += [f"checked {', '.join(report.checked)}"] if report.checked else []
+    parts += [f"could not check {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    return f"{report.verdict:13} {report.record}: {'; '.join(parts)}"
