@@ -87,8 +87,9 @@ def test_an_answer_does_not_depend_on_the_rest_of_the_batch(name: str) -> None:
     with torch.inference_mode():
         whole, part = net(x)[5:15], net(x[5:15])
     assert torch.allclose(whole, part, rtol=1e-5, atol=1e-6 * float(whole.abs().max()))
-    # DenseNet's long 1x1 convolutions are cut up differently for other batch sizes: equal but for float rounding.
-    assert name == "densenet100" or torch.equal(whole, part)
+    # DenseNet's long 1x1 convolutions, and those of 529 channels, are cut up differently for other batch sizes: equal but for
+    # float rounding.
+    assert name in ("densenet100", "resnet18_squares") or torch.equal(whole, part)
 
 
 @pytest.mark.parametrize("name", sorted({*PARAMETERS} - {*GREY}))
