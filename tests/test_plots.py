@@ -23,7 +23,7 @@ from attacks.streams import generator
 from bench import plots
 from bench.evals.saliency import saliency
 from bench.metrics import variance_ratio
-from bench.plots.style import BASELINE, COLOURS, styles_of
+from bench.plots.style import BASELINE, COLOURS, line, styles_of
 from bench.store import Record, Store
 from defenses.api import Images, Wrapped
 
@@ -291,3 +291,11 @@ def test_an_only_epoch_is_a_dot(tmp_path: Path) -> None:
     figure = plots.training(notes(tmp_path, ("plain", {name: values[:1] for name, values in PLAIN.items()})))
     assert figure is not None
     assert figure.axes[0].get_lines()[0].get_marker() == "."
+
+
+def test_intervals_of_a_single_budget_stand_beside_their_points() -> None:
+    axes = Figure().add_subplot()
+    for index in range(6):
+        line(axes, [(0.1, 50.0, 40.0, 60.0)], str(index), {"color": "black"}, (index, 6))
+    beside = [float(bar.get_segments()[0][0, 0]) for bar in axes.collections]
+    assert len(set(beside)) == 6 and all(abs(x - 0.1) < 0.01 for x in beside)

@@ -59,7 +59,7 @@ def line(axes: Axes, points: Points, label: str, style: dict[str, Any], place: t
     x, low, high = zip(*ends, strict=True)
     index, count = place
     if count > BANDS:
-        step = xs[1] - xs[0] if len(xs) > 1 else 1.0
+        step = xs[1] - xs[0] if len(xs) > 1 else xs[0] / 2 or 1.0
         beside = [value + 0.04 * step * (index - (count - 1) / 2) for value in x]
         axes.vlines(beside, low, high, color=style["color"], alpha=0.4, lw=0.8)
     else:
