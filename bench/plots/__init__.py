@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from bench.plots.activations import activations, histograms
 from bench.plots.certificates import certified, estimators
+from bench.plots.convergence import convergence, gradients
 from bench.plots.kernels import kernels
 from bench.plots.noise import noise
 from bench.plots.robust import robust
@@ -19,8 +20,8 @@ from bench.plots.variance import variance
 from bench.store import Store
 
 __all__ = [
-    "activations", "certified", "draw", "estimators", "histograms", "kernels", "noise", "robust", "saliency", "training",
-    "transfer", "variance",
+    "activations", "certified", "convergence", "draw", "estimators", "gradients", "histograms", "kernels", "noise", "robust",
+    "saliency", "training", "transfer", "variance",
 ]  # fmt: skip
 
 
@@ -39,6 +40,8 @@ def draw(store: Store, suite: str, out: Path) -> list[Path]:
         figures[f"certified{suffix}"] = certified(chosen, store)
         figures[f"estimators{suffix}"] = estimators(chosen)
         figures[f"robust{suffix}"] = robust(chosen)
+        figures[f"convergence{suffix}"] = convergence(chosen)
+        figures[f"gradients{suffix}"] = gradients(chosen)
         figures[f"variance{suffix}"] = variance(chosen)
         figures[f"transfer{suffix}"] = transfer(chosen)
         figures[f"noise{suffix}"] = noise(chosen)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -31,11 +32,12 @@ def percent(metric: Metric) -> tuple[float | None, float | None]:
 Points = list[tuple[float, float, float | None, float | None]]
 
 
-def points_of(metrics: list[Metric], place: str) -> Points:
-    """(x, value, lower, upper) in percent; several seeds give their mean and no band of a single one."""
+def points_of(metrics: list[Metric], place: str | Callable[[Metric], float]) -> Points:
+    """(x, value, lower, upper) in percent, x a field or a function's; several seeds give their mean and no band of one."""
+    x_of = attrgetter(place) if isinstance(place, str) else place
     groups: dict[float, list[Metric]] = {}
     for metric in metrics:
-        groups.setdefault(getattr(metric, place), []).append(metric)
+        groups.setdefault(x_of(metric), []).append(metric)
     points: Points = []
     for x, group in sorted(groups.items()):
         value = 100 * sum(metric.value for metric in group) / len(group)
