@@ -18,6 +18,17 @@ class DeviceError(ValueError):
     """A device that is not there."""
 
 
+def one_thread() -> None:
+    """Let torch use one thread, unless OMP_NUM_THREADS says how many.
+
+    Small networks gain little from threads, and lose tenfold where the cores are busy.
+    """
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
 def device(name: str = "auto") -> str:
     """The torch device for "auto", "cpu", "cuda" or "cuda:1".
 

@@ -1,4 +1,4 @@
-"""What a run, a list and a comparison of engines print."""
+"""What a run, a list, a look at a run folder and a comparison of engines print. Heavy imports wait for who needs them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from attacks import ATTACKS
-from bench import engines, plots, tables
-from bench.data import DATASETS
-from bench.registry import from_file, registered
 from bench.store import Record, Store
-from bench.suites import available, load_suite, unknown
 
 
 def finished(root: Path, suite: str, records: list[Record]) -> None:
     """Summary, failures, and where everything is, after a run."""
+    from bench import plots, tables
+
     store = Store(root)
     for table in tables.summaries(store, suite):
         print(f"\n{tables.render(table, 'text')}\n")
@@ -39,6 +36,12 @@ def listing(what: str) -> None:
     Raises:
         ValueError: for an unknown kind.
     """
+    from attacks import ATTACKS
+    from bench import tables
+    from bench.data import DATASETS
+    from bench.registry import from_file, registered
+    from bench.suites import available, load_suite, unknown
+
     warnings: list[str] = []
     kinds = {
         "defenses": lambda: {name: _first_line(defense) for name, (defense, _) in registered(warnings).items()},
@@ -63,8 +66,25 @@ def _first_line(thing: object) -> str:
     return (thing.__doc__ or "").strip().splitlines()[0]
 
 
+def states(runs: Path) -> None:
+    """Print what is finished, failed or unfinished in a run folder."""
+    store = Store(runs)
+    rows = []
+    for record in store.records():
+        state = "unfinished" if record.status == "running" else record.status
+        pieces = len(list(store.partial(record).folder.glob("*.parquet"))) if record.status == "running" else ""
+        place = (record.suite["name"], record.defense["variant"], record.suite["budget"], record.seed, record.eval["name"])
+        rows.append((*place, state, pieces, record.cost.get("seconds", "")))
+    headers = ["suite", "defense", "budget", "seed", "eval", "status", "pieces kept", "seconds"]
+    print(tabulate(rows, headers, floatfmt=".1f") if rows else f"no records under {runs}")
+    for problem in store.problems:
+        print(problem, file=sys.stderr)
+
+
 def agreement(data: Path | None) -> bool:
     """Print how engines agree; whether all do."""
+    from bench import engines
+
     table = engines.agreement(data)
     rows = []
     for line in table:

@@ -110,7 +110,7 @@ def test_a_defense_does_not_differ_from_itself(store: Store) -> None:
         (("gal", "naive"), "unknown 'gal'; Known are adp, naive"),
         (("adp", "naive", "--budget", "paper"), "no finished records of budget paper"),
         (("adp", "naive", "--only", "pgd"), "share no number"),
-        (("adp", "naive", "--format", "pdf"), "unknown format 'pdf'; known are text, md, csv, json"),
+        (("adp", "naive", "--format", "pdf"), "--format: unknown 'pdf'; Known are csv, json, md, text"),
     ],
 )
 def test_wrong_requests_get_one_line(

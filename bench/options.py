@@ -1,0 +1,71 @@
+"""What the commands share: their options, what the text of an option means, and the exit codes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+
+Runs = Annotated[Path, typer.Option("--runs", help="folder of results")]
+Data = Annotated[Path | None, typer.Option("--data", help="folder of data sets; default: $BENCH_DATA, else a download")]
+SuiteName = Annotated[str, typer.Option("--suite", help="name of a suite, or a .toml file")]
+Out = Annotated[Path, typer.Option("--out", help="folder to write to")]
+
+
+def seeds(text: str) -> tuple[int, ...]:
+    """Training seeds: "0,1,2".
+
+    Raises:
+        ValueError: if that is not what was given.
+    """
+    try:
+        return tuple(int(seed) for seed in text.split(","))
+    except ValueError:
+        raise ValueError(f"--seeds: {text!r} is no list of integers such as 0,1,2") from None
+
+
+def shard(text: str) -> tuple[int, int]:
+    """Which of how many shards: "2/3".
+
+    Raises:
+        ValueError: if that is not what was given.
+    """
+    place, _, shards = text.partition("/")
+    try:
+        return int(place), int(shards)
+    except ValueError:
+        raise ValueError(f"--shard: {text!r} is not I/K, such as 2/3") from None
+
+
+def radii(text: str) -> list[float] | None:
+    """Radii in pixels: "0,0.25,8/255"; None for an empty text.
+
+    Raises:
+        ValueError: if that is not what was given.
+    """
+    try:
+        return [float(Fraction(radius)) for radius in text.split(",")] if text else None
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"--radii: {text!r} is no list of numbers such as 0,0.25,8/255") from None
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Names between commas: "clean,certified"; none for an empty text."""
+    return tuple(filter(None, text.split(",")))
+
+
+def check_format(given: str, known: Sequence[str]) -> None:
+    """Refuse a format that a command does not write, before it does any work.
+
+    Raises:
+        ValueError: names the nearest.
+    """
+    from bench.suites import unknown
+
+    if given not in known:
+        raise ValueError(f"--format: {unknown(given, known)}")

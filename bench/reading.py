@@ -1,0 +1,148 @@
+"""The commands that read what is stored: tables, plots, comparisons, checks, logs, the leaderboard. They train nothing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bench import options
+from bench.options import FAILED, Data, Out, Runs, SuiteName
+
+if TYPE_CHECKING:
+    from bench.store import Store
+
+
+def table(
+    name: Annotated[str, typer.Argument(help="summary")],
+    suite: Annotated[str | None, typer.Option("--suite", help="only this suite")] = None,
+    format_: Annotated[str, typer.Option("--format", help="text, md, latex, csv, json or html")] = "text",
+    runs: Runs = Path("runs"),
+) -> None:
+    """Print a table of stored records."""
+    from bench import tables
+    from bench.suites import unknown
+
+    if name != "summary":
+        raise ValueError(f"table: {unknown(name, ['summary'])}")
+    options.check_format(format_, tables.FORMATS)
+    store = _filled(runs)
+    print(tables.render_all(tables.summaries(store, suite), format_))
+    for problem in store.problems:
+        print(problem, file=sys.stderr)
+
+
+def plot(suite: SuiteName, out: Out = Path("plots"), runs: Runs = Path("runs")) -> None:
+    """Draw certified accuracy, accuracy against epsilon, and training curves of a suite, as PDF and PNG."""
+    from bench import plots
+
+    for path in plots.draw(_filled(runs, suite), suite, out):
+        print(path)
+
+
+def compare(  # noqa: PLR0913, PLR0917 (every option of the contract)
+    first: Annotated[str, typer.Argument(help="a variant, e.g. gal")],
+    second: Annotated[str, typer.Argument(help="another, e.g. naive")],
+    suite: SuiteName,
+    budget: Annotated[str, typer.Option(help="smoke, quick or paper")] = "quick",
+    only: Annotated[str, typer.Option(help="evaluations to compare, e.g. clean,diversity; default: all")] = "",
+    format_: Annotated[str, typer.Option("--format", help="text, md, csv or json")] = "text",
+    runs: Runs = Path("runs"),
+) -> None:
+    """Compare two defenses on the same images: differences with intervals and tests."""
+    from bench import compare as comparison
+
+    options.check_format(format_, comparison.FORMATS)
+    rows = comparison.compare(_filled(runs, suite), first, second, suite, budget, options.names(only))
+    print(comparison.table(rows, first, second, format_))
+
+
+def verify(
+    path: Annotated[Path, typer.Argument(help="a record's .json, or a folder above: seed, budget, variant, suite, run folder")],
+    data: Data = None,
+    sample: Annotated[int, typer.Option(help="images of a certified record that are certified anew")] = 5,
+    format_: Annotated[str, typer.Option("--format", help="text or json")] = "text",
+) -> None:
+    """Recompute stored numbers from rows, data, weights and adversarial examples; exit code 1 if something does not hold."""
+    from bench import environment
+    from bench import verify as verifier
+    from bench.progress import Progress
+
+    options.check_format(format_, verifier.FORMATS)
+    environment.one_thread()  # as `run` does, which measured
+    reports = verifier.verify(path, data, sample, Progress(sys.stderr))
+    print(verifier.render(reports, format_))
+    if any(report.mismatches for report in reports):
+        raise typer.Exit(FAILED)
+
+
+def diagnose(
+    run: Annotated[Path, typer.Argument(help="RUNS/SUITE, RUNS/SUITE/VARIANT, .../BUDGET, .../seedK, or a record's .json")],
+    format_: Annotated[str, typer.Option("--format", help="text or json")] = "text",
+) -> None:
+    """Say what stored records show of masked gradients and of numbers that cannot be true, and what may be believed."""
+    from bench import diagnose as doubts
+
+    options.check_format(format_, doubts.FORMATS)
+    told, problems = doubts.read(run)
+    print(doubts.render(told, format_))
+    for problem in problems:
+        print(problem, file=sys.stderr)
+
+
+def audit(
+    logs: Annotated[list[Path], typer.Argument(help="tab-separated logs, records (.json or .parquet), folders of them")],
+    radii: Annotated[str, typer.Option(help="where certified accuracy is told, e.g. 0,0.25,0.5; default: 0 to 2.25")] = "",
+    sigma: Annotated[float | None, typer.Option(help="noise of logs that do not say; without it no ceiling is checked")] = None,
+    alpha: Annotated[float | None, typer.Option(help="error probability of logs that do not say; default: 0.001")] = None,
+    n: Annotated[int | None, typer.Option(help="draws of logs that do not say; default: 100000")] = None,
+    format_: Annotated[str, typer.Option("--format", help="text, json, csv, latex or md")] = "text",
+) -> None:
+    """Look for what cannot be true in certification logs, anybody's or ours; exit code 1 if there is something."""
+    from bench import audit as auditor
+
+    options.check_format(format_, auditor.FORMATS)
+    reports = auditor.audit(logs, options.radii(radii), sigma, alpha, n)
+    print(auditor.render(reports, format_))
+    if any(report.problems for report in reports):
+        raise typer.Exit(FAILED)
+
+
+def export(
+    records: Annotated[list[Path], typer.Argument(help="certified records (.json or .parquet), or folders of them")],
+    out: Out,
+) -> None:
+    """Write certified records as tab-separated logs: idx, label, predict, radius, correct, time."""
+    from bench import logs
+
+    for path in logs.export(records, out):
+        print(path)
+
+
+def leaderboard(
+    with_: Annotated[Path | None, typer.Option("--with", help="also show the records of this run folder")] = None,
+    out: Out = Path("board"),
+) -> None:
+    """Write the leaderboard of the committed records as one static page."""
+    from bench import site
+    from bench.store import Store
+    from bench.suites import SUITES
+
+    stores = [Store(SUITES.parent / "results"), *([_filled(with_)] if with_ else [])]
+    print(site.write(stores, out))
+
+
+def _filled(runs: Path, suite: str = "*") -> Store:
+    """The store, which must hold records of the suite."""
+    from bench.store import Store
+
+    store = Store(runs)
+    if not store.records(suite):
+        raise ValueError(f"there are no records under {runs}" + (f" for suite {suite!r}" if suite != "*" else ""))
+    return store
+
+
+COMMANDS = (table, plot, compare, verify, diagnose, audit, export, leaderboard)
+"""In the order in which ``bench --help`` lists them."""
