@@ -49,14 +49,22 @@ def compare(  # noqa: PLR0913, PLR0917 (every option of the contract)
     budget: Annotated[str, typer.Option(help="smoke, quick or paper")] = "quick",
     only: Annotated[str, typer.Option(help="evaluations to compare, e.g. clean,diversity; default: all")] = "",
     format_: Annotated[str, typer.Option("--format", help="text, md, csv or json")] = "text",
+    out: Annotated[Path | None, typer.Option("--out", help="folder for maps of the difference in transfer")] = None,
     runs: Runs = Path("runs"),
 ) -> None:
     """Compare two defenses on the same images: differences with intervals and tests."""
     from bench import compare as comparison
 
     options.check_format(format_, comparison.FORMATS)
-    rows = comparison.compare(_filled(runs, suite), first, second, suite, budget, options.names(only))
+    store = _filled(runs, suite)
+    rows = comparison.compare(store, first, second, suite, budget, options.names(only))
     print(comparison.table(rows, first, second, format_))
+    if out:
+        from bench import plots
+
+        drawn = plots.against(store, suite, budget, (first, second), out)
+        told = map(str, drawn) if drawn else ["no map: these two share no transfer between as many members"]
+        print(*told, sep="\n", file=sys.stderr)
 
 
 def verify(

@@ -14,6 +14,7 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from test_diversity import Noisy, nets
 from test_diversity import images as random_images
 from test_store import record
@@ -475,3 +476,14 @@ def test_seeds_are_averaged_and_a_hole_stays_a_hole() -> None:
     empty = plots.transfer([transferred("one", np.full((4, 4), np.nan))])
     assert empty is not None and [t.get_text() for t in empty.axes[0].texts] == ["no image is right\nby all members"]
     assert plots.transfer([record()]) is None
+
+
+def test_a_difference_map_is_the_first_less_the_second() -> None:
+    holed = VALUES.copy()
+    holed[1, 2] = np.nan
+    figure = plots.differences([transferred("one", VALUES)], [transferred("two", holed.T * 0.4)])
+    assert figure is not None
+    expected = [[f"{100 * (a - b):+.0f}" for a, b in zip(*lines)] for lines in zip(VALUES, VALUES.T * 0.4)]
+    assert shown(figure, 0) == [[tables.HOLE if (i, j) == (2, 1) else expected[i][j] for j in range(4)] for i in range(4)]
+    assert any(text.get_text() == "one less two" for text in figure.findobj(Text))
+    assert plots.differences([transferred("one", VALUES)], [record()]) is None

@@ -15,13 +15,13 @@ from bench.plots.noise import noise
 from bench.plots.robust import robust
 from bench.plots.saliency import saliency
 from bench.plots.training import training
-from bench.plots.transfer import transfer
+from bench.plots.transfer import differences, transfer
 from bench.plots.variance import variance
 from bench.store import Store
 
 __all__ = [
-    "activations", "certified", "convergence", "draw", "estimators", "gradients", "histograms", "kernels", "noise", "robust",
-    "saliency", "training", "transfer", "variance",
+    "activations", "certified", "convergence", "differences", "draw", "estimators", "gradients", "histograms", "kernels",
+    "noise", "robust", "saliency", "training", "transfer", "variance",
 ]  # fmt: skip
 
 
@@ -48,6 +48,21 @@ def draw(store: Store, suite: str, out: Path) -> list[Path]:
         figures[f"activations{suffix}"] = activations(chosen)
         for name, pages in {"saliency": saliency, "activation_histograms": histograms, "kernels": kernels}.items():
             figures |= _numbered(f"{name}{suffix}", pages(chosen, store))
+    return _write(figures, out)
+
+
+def against(store: Store, suite: str, budget: str, variants: tuple[str, str], out: Path) -> list[Path]:
+    """Draw what of two variants is best seen as a difference: transfer between their members, as ``differences``.
+
+    Returns:
+        the files written, as :func:`draw`; none where the records allow no figure.
+    """
+    records = [r for r in store.records(suite) if r.status == "success" and r.suite["budget"] == budget]
+    one, other = ([r for r in records if r.defense["variant"] == variant] for variant in variants)
+    return _write({"differences": differences(one, other)}, out)
+
+
+def _write(figures: dict[str, Figure | None], out: Path) -> list[Path]:
     files = []
     for name, figure in figures.items():
         if figure is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from dataclasses import dataclass
 from itertools import groupby
 
 from matplotlib.axes import Axes
@@ -20,8 +21,23 @@ Matrix = dict[tuple[str, str], Metric]
 
 HOLE = math.nan
 
-DARK = 55.0
-"""Percentage above which a cell is so dark that its number is white."""
+Grid = list[list[float]]
+"""Rows are sources, columns targets; NaN is a hole."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """How numbers are shown: colours, their smallest and largest number, the number's format, and from which size on a cell is
+    so dark that its number is white."""
+
+    colours: str
+    ends: tuple[float, float]
+    number: str
+    dark: float
+
+
+RATES = Look("Blues", (0, 100), ".0f", 55.0)
+POINTS = Look("RdBu_r", (-100, 100), "+.0f", 65.0)
 
 
 def transfer(records: list[Record]) -> Figure | None:
@@ -45,12 +61,10 @@ def transfer(records: list[Record]) -> Figure | None:
         spare.set_visible(False)
     several = len({name for (name, _), _ in groups}) > 1
     for axes, ((name, variant), group) in zip(panels, groups, strict=False):
-        shown = _draw(axes, [matrix_of(record) for record in group])
+        shown = _draw(axes, *_grid(group), RATES)
         title = textwrap.fill(f"{variant}, {name}" if several else variant, int(15 * side))
         axes.set_title(f"{title}\n{_facts(group)}", fontsize=8)
-    bar = figure.colorbar(shown, ax=panels, shrink=0.8, aspect=30, pad=0.02)
-    bar.set_label("target is wrong (%)", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
+    _bar(figure, shown, panels, "target is wrong (%)")
     lines = [
         f"{suites(records)}; {sources(records)}",
         "percentage of the images that all members get right as they are; framed: crafted on the target itself (white-box)",
@@ -58,6 +72,45 @@ def transfer(records: list[Record]) -> Figure | None:
     ]
     figure.supxlabel(small_print(lines, figure.get_figwidth()), **SMALL)
     return figure
+
+
+def differences(first: list[Record], second: list[Record]) -> Figure | None:
+    """Transfer rates of one defense less those of another, a panel an evaluation that both answered with as many members.
+
+    A rate is that of :func:`transfer`, of the images that all members of its own defense get right; blue cells, the negative
+    ones, say that images of the first transfer less.
+    """
+    pairs: dict[str, tuple[list[Record], list[Record]]] = {}
+    for name in sorted({record.eval["name"] for record in first}):
+        one, other = ([r for r in own if r.eval["name"] == name and matrix_of(r)] for own in (first, second))
+        if one and other and _grid(one)[0] == _grid(other)[0]:
+            pairs[name] = one, other
+    if not pairs:
+        return None
+    # Signed numbers take a letter more than rates.
+    side = 1.1 + max(1.9, 0.42 * max(len(_grid(one)[0]) for one, _ in pairs.values()))
+    figure = Figure(figsize=(len(pairs) * (side + 0.3) + 0.9, side + 1.1), layout="constrained")
+    panels = figure.subplots(1, len(pairs), squeeze=False).flatten().tolist()
+    for axes, (name, (one, other)) in zip(panels, pairs.items(), strict=True):
+        (names, less), (_, more) = _grid(other), _grid(one)
+        apart = [[a - b for a, b in zip(*lines, strict=True)] for lines in zip(more, less, strict=True)]
+        shown = _draw(axes, names, apart, POINTS)
+        axes.set_title(f"{name}\n{_facts(one)}", fontsize=8)
+    _bar(figure, shown, panels, "difference (points)")
+    records = [record for pair in pairs.values() for group in pair for record in group]
+    figure.suptitle(f"{_panel(one[0])[1]} less {_panel(other[0])[1]}", fontsize=9)
+    lines = [
+        f"{suites(records)}; {sources(records)}",
+        "percentage points between the rates at which targets are wrong; framed: crafted on the target itself (white-box)",
+    ]
+    figure.supxlabel(small_print(lines, figure.get_figwidth()), **SMALL)
+    return figure
+
+
+def _bar(figure: Figure, shown: AxesImage, panels: list[Axes], label: str) -> None:
+    bar = figure.colorbar(shown, ax=panels, shrink=0.8, aspect=30, pad=0.02)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
 
 
 def _panel(record: Record) -> tuple[str, str]:
@@ -82,14 +135,21 @@ def _names(matrices: list[Matrix]) -> list[str]:
     return sorted(found, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0))
 
 
-def _draw(axes: Axes, matrices: list[Matrix]) -> AxesImage:
-    """One heat map; what is crafted on its own target, the white-box attack, has a frame."""
+def _grid(group: list[Record]) -> tuple[list[str], Grid]:
+    """Names, and the percentages between them: means over seeds."""
+    matrices = [matrix_of(record) for record in group]
     names = _names(matrices)
-    grid = [[_mean([matrix.get((source, target)) for matrix in matrices]) for target in names] for source in names]
-    shown = axes.imshow(grid or [[HOLE]], cmap="Blues", vmin=0, vmax=100)
+    return names, [[_mean([matrix.get((i, j)) for matrix in matrices]) for j in names] for i in names]
+
+
+def _draw(axes: Axes, names: list[str], grid: Grid, look: Look) -> AxesImage:
+    """One heat map; what is crafted on its own target, the white-box attack, has a frame."""
+    low, high = look.ends
+    shown = axes.imshow(grid or [[HOLE]], cmap=look.colours, vmin=low, vmax=high)
     for row, line in enumerate(grid):
         for column, value in enumerate(line):
-            text, colour = ("–", "black") if math.isnan(value) else (f"{value:.0f}", "white" if value > DARK else "black")
+            text = "–" if math.isnan(value) else f"{value:{look.number}}"
+            colour = "white" if abs(value) > look.dark else "black"
             axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
         axes.add_patch(Rectangle((row - 0.47, row - 0.47), 0.94, 0.94, fill=False, edgecolor="#D55E00", lw=1.2))
     if not names:
