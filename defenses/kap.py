@@ -16,8 +16,9 @@ from torch import nn
 
 from attacks.guided import View
 from defenses.api import Classifier, Defense, Parts, Task
-from defenses.kernels import PLACES, KernelNetwork, Kernels, Pool, folded, loudness, recalibrated, with_noise
+from defenses.kernels import PLACES, KernelNetwork, Kernels, folded, loudness, recalibrated, with_noise
 from defenses.nets import Network, body, check_architectures, network
+from defenses.pooling import Pool
 from defenses.training import Trained
 from defenses.views import views
 

@@ -22,14 +22,13 @@ from bench import plots, tables
 from bench.arrays import packed, unpacked
 from bench.evals import Activations, Skipped, Subject
 from bench.evals.activations import BATCH, jittered, layers, middle, reach
-from bench.evals.convolutions import answers
 from bench.plots.activations import round_numbers
 from bench.runner import Request, Run
 from bench.store import Metric, Record, Store
 from defenses.combine import Mean
 from defenses.ensemble import Ensemble
 from defenses.kap import Kap
-from defenses.kernels import KernelNetwork, folded, with_noise
+from defenses.kernels import KernelNetwork, answers, folded, with_noise
 from defenses.nets import Network, Normalise, network
 
 

@@ -27,8 +27,9 @@ from defenses.api import Wrapped
 from defenses.combine import Mean
 from defenses.ensemble import Ensemble
 from defenses.kap import Kap
-from defenses.kernels import KernelNetwork, Pool, folded
+from defenses.kernels import KernelNetwork, folded
 from defenses.nets import Network, network
+from defenses.pooling import Pool
 
 
 def net(defense: Kap | None = None, architecture: str = "cnn1") -> Network:

@@ -20,18 +20,16 @@ from bench.runner import Request, Run
 from defenses.api import Classifier
 from defenses.kap import Kap, kap, kmp, nt, nt_sigma
 from defenses.kernels import (
-    POOLS,
     KernelConv2d,
     KernelNetwork,
     Kernels,
-    Pool,
     folded,
     loudness,
     recalibrated,
-    sheet,
     with_noise,
 )
 from defenses.nets import network
+from defenses.pooling import POOLS, Pool, sheet
 from defenses.smoothing import Smoothed
 
 MEAN, MAX = Pool("average"), Pool("max")

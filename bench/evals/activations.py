@@ -21,12 +21,13 @@ from attacks import Streams
 from attacks.norms import per_row
 from bench.arrays import packed
 from bench.evals.api import Outcome, Piece, Subject, mean_of
-from bench.evals.convolutions import answers, check_uses_budget, quiet_network
+from bench.evals.convolutions import check_uses_budget, quiet_network
 from bench.evals.robust import Attacking
 from bench.store import Metric
 from defenses.api import Images
-from defenses.kernels import sheet
+from defenses.kernels import answers
 from defenses.nets import Network
+from defenses.pooling import sheet
 
 CHANGES = ("noise", "attack")
 """What moves an image."""

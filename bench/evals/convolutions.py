@@ -1,16 +1,12 @@
-"""What evaluations of one network's convolutions share: which models have them, and what they answer."""
+"""What evaluations of one network's convolutions share: which models have them, and which attacks they can be asked about."""
 
 from __future__ import annotations
 
-from functools import partial
-
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from attacks import ATTACKS
 from attacks.minimum_norm import MinimumNorm
 from bench.evals.api import Skipped, Subject
-from defenses.kernels import KernelConv2d
 from defenses.nets import Network
 
 
@@ -53,29 +49,3 @@ def check_uses_budget(place: str, attack: str) -> None:
             f"{place}.attack: {attack} looks for the nearest point, where any change makes the network right again; "
             "give an attack that uses its budget, such as autoattack or pgd"
         )
-
-
-def answers(net: Network, x: Tensor) -> dict[str, Tensor]:
-    """What every convolution answers to images x (n c h w), behind its pool and before its noise: name -> (n channels rows
-    columns), in the order in which they are asked."""
-    seen: dict[str, Tensor] = {}
-
-    def before(name: str, module: nn.Module, given: tuple[Tensor]) -> None:
-        seen[name] = given[0]
-
-    def after(name: str, module: nn.Module, given: tuple[Tensor], answer: Tensor) -> None:
-        seen[name] = answer
-
-    hooks = []
-    for name, layer in net.named_modules():
-        if isinstance(layer, KernelConv2d):
-            hooks.append(layer.noise.register_forward_pre_hook(partial(before, name)))
-        elif isinstance(layer, nn.Conv2d):
-            hooks.append(layer.register_forward_hook(partial(after, name)))
-    try:
-        with torch.no_grad():
-            net(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen

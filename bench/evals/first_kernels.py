@@ -18,8 +18,9 @@ from bench.evals.api import Base, Outcome, Piece, Subject
 from bench.evals.convolutions import one_network
 from bench.store import Metric
 from defenses.api import Images
-from defenses.kernels import KernelConv2d, sheet
+from defenses.kernels import KernelConv2d
 from defenses.nets import Network
+from defenses.pooling import sheet
 
 STAGES = ("applied", "learned")
 """Which kernels: those that the network convolves images with, and those before any pooling."""
