@@ -3,7 +3,7 @@
 The members' channels lie side by side (n, m c, h, w), so that a layer is one call whatever the number of members. The weights
 stay the members' own: they are put together anew in every pass, inside the graph, and gradients of any order flow back to each
 member. BatchNorm works channel by channel, so that members do not mix, and moves each member's running statistics as alone.
-Whether this pays is a matter of measurement (tests/speed/ensembles.py); :func:`run` knows what was found.
+Whether this pays is a matter of measurement (tests.speed.ensembles); :func:`run` knows what was found.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a training step of each joint defense costs, as a ratio to members trained by cross-entropy; and how to spend less.
 
-    python tests/speed/ensembles.py [--architecture lenet5|resnet20|resnet18] [--members 3] [--batch N] [--rounds R]
+    python -m tests.speed.ensembles [--architecture lenet5|resnet20|resnet18] [--members 3] [--batch N] [--rounds R]
                                     [--defenses adp,gal] [--compile] [--out FILE.json]
 
 A step is the defense's own loss on random images, its backward pass and the optimiser's step. Then three comparisons of the
@@ -11,35 +11,22 @@ rounds' ratios. Time is CPU time of one thread (on CUDA: wall time, synchronised
 
 from __future__ import annotations
 
-import sys
-
-if __name__ == "__main__":
-    sys.path.pop(0)  # this folder, where a file has the name of the package attacks
-
 import argparse
 import copy
 import itertools
-import json
-import shlex
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from tabulate import tabulate
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
-from attacks.streams import generator
-from bench import environment
 from bench.registry import registered
-from defenses.api import Images, Recipe, Task
+from defenses.api import Task
 from defenses.edlcm import edlcm, modeless
 from defenses.ensemble import Ensemble
 from defenses.features import layers
@@ -47,52 +34,23 @@ from defenses.gal import GradientAlignment, alignment, gal
 from defenses.joint import TrainedTogether, assembled, pair_cosines
 from defenses.together import grouped, one_by_one
 from defenses.training import Batch
+from tests.speed.timing import Step, Work, arguments, batch_of, report, rows_of
 
 DEFENSES = "naive,adp,gal,smd,dverge,smd_plus,deg,pdd,pdd_deg,edlcm,edlcm_lr,edlcm_lg"
-BATCH = {"lenet5": 128, "resnet20": 32, "resnet18": 8}
 
-Work = Callable[[], object]
 Loss = Callable[[Ensemble, Batch, Sequence[Any]], dict[str, Tensor]]
 Run = Callable[[Any], Tensor]
 """Images that all members see (n c h w), or one batch for each -> logits (m n k)."""
 
 
 def main() -> None:
-    options = _arguments()
-    # Where the record goes is nobody else's business.
-    asked = [word for place, word in enumerate(sys.argv) if "--out" not in sys.argv[max(0, place - 1) : place + 1]]
-    torch.set_num_threads(1)
-    torch.empty(31 * 2**20, dtype=torch.uint8)  # freed, it teaches glibc to keep large blocks: so does loading images
-    task = _task(options)
-    note: dict[str, Any] = {
-        "architecture": options.architecture, "members": options.members, "batch": options.batch, "rounds": options.rounds,
-        "command": shlex.join(asked), "threads": torch.get_num_threads(),
-        "device": environment.device_name(options.device), "versions": environment.versions(), "made": environment.code(),
-    }  # fmt: skip
-    for title, compare in {"steps": steps, "arrangements": arrangements, "forms": forms}.items():
-        note[title] = compare(task, options)
-        print(f"\n{title}\n{tabulate(note[title], headers='keys', floatfmt='.3g')}", flush=True)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(note, indent=1) + "\n")
+    parser = arguments(__doc__.splitlines()[0] if __doc__ else None, DEFENSES)
+    parser.add_argument("--members", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="also GAL through torch.compile; minutes of compiling")
+    report(parser, {"steps": steps, "arrangements": arrangements, "forms": forms})
 
 
 # Steps of the defenses
-
-
-class Step:
-    """One step of training after the other; two in the same of ``epochs``, then two in the next."""
-
-    def __init__(self, net: Ensemble, loss: Loss, batch: Batch, epochs: Sequence[int] = (0,)) -> None:
-        self.net, self.loss, self.batch = net.train(), loss, batch
-        self.epochs = itertools.cycle(epoch for epoch in epochs for _ in range(2))
-        self.optimizer = torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9)
-
-    def __call__(self) -> None:
-        parts = self.loss(self.net, replace(self.batch, epoch=next(self.epochs)), [])
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.stack(list(parts.values())).sum().backward()
-        self.optimizer.step()
 
 
 def steps(task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -104,8 +62,8 @@ def steps(task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
         assert isinstance(known, TrainedTogether), f"{name} is no joint defense"
         defense = replace(known, members=options.members)
         loss, net = defense.part(task, 0).loss, defense.build(task)
-        works[name] = Step(net, loss, _batch(task), _epochs(loss, net, options.rounds))
-    return _rows(works, "naive", options)
+        works[name] = Step(net, loss, batch_of(task), _epochs(loss, net, options.rounds))
+    return rows_of(works, "naive", options)
 
 
 def _epochs(loss: Any, net: Ensemble, rounds: int) -> list[int]:
@@ -131,8 +89,8 @@ def arrangements(task: Task, options: argparse.Namespace) -> list[dict[str, Any]
     kinds["gal"] = partial(aligned, len(nets))
     rows = []
     for name, work in kinds.items():
-        works: dict[str, Work] = {way: partial(work, run, own[way], _batch(task)) for way, run in runs.items()}
-        rows += [{"work": name, **row} for row in _rows(works, "loop", options, calls=3)]
+        works: dict[str, Work] = {way: partial(work, run, own[way], batch_of(task)) for way, run in runs.items()}
+        rows += [{"work": name, **row} for row in rows_of(works, "loop", options, calls=3)]
     return rows
 
 
@@ -203,7 +161,7 @@ def unshared(loss: Loss, *given: Any) -> dict[str, Tensor]:
 
 def forms(task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each form of a loss, over the one with most passes."""
-    batch, nets = _batch(task), [assembled(task, options.members, slope).train() for slope in (gal.slope, edlcm.slope)]
+    batch, nets = batch_of(task), [assembled(task, options.members, slope).train() for slope in (gal.slope, edlcm.slope)]
     works: dict[str, Work] = {
         "two forwards": Step(nets[0], two_forwards, batch),
         "one forward": Step(nets[0], GradientAlignment(gal.weight, 0.0), batch),
@@ -211,11 +169,11 @@ def forms(task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
     if options.compile:
         fast = torch.compile(grad(partial(_functional, nets[0])))
         works["compiled"] = lambda: fast([dict(member.named_parameters()) for member in nets[0].members], batch.x, batch.y)
-    rows = [{"loss": "gal", **row} for row in _rows(works, "two forwards", options, calls=3)]
+    rows = [{"loss": "gal", **row} for row in rows_of(works, "two forwards", options, calls=3)]
     if all(modeless(member) for member in nets[1].members):
         loss = edlcm.loss(task)
         works = {"own forward": Step(nets[1], partial(unshared, loss), batch), "shared": Step(nets[1], loss, batch)}
-        rows += [{"loss": "edlcm", **row} for row in _rows(works, "own forward", options, calls=3)]
+        rows += [{"loss": "edlcm", **row} for row in rows_of(works, "own forward", options, calls=3)]
     return rows
 
 
@@ -229,70 +187,6 @@ def _functional(net: Ensemble, weights: Sequence[dict[str, Tensor]], x: Tensor, 
     found = [grad(summed, has_aux=True)(x, member, own) for member, own in zip(net.members, weights, strict=True)]
     ways = torch.stack([gradient.flatten(1) for gradient, _ in found])
     return torch.stack([ce for _, ce in found]).mean() + gal.weight * alignment(ways).mean()
-
-
-def _rows(works: dict[str, Work], reference: str, options: argparse.Namespace, calls: int = 1) -> list[dict[str, Any]]:
-    """Median seconds of each work, and the median over rounds of how many times it takes the reference's.
-
-    What cannot be done is told, and left out.
-    """
-    for name in list(works):
-        try:
-            works[name]()
-        except Exception as error:  # torch's own classes
-            print(f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
-            del works[name]
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(options.rounds):
-        for name, work in works.items():
-            work()  # what another work left in caches and in the allocator shall not count
-            began = _clock(options.device)
-            for _ in range(calls):
-                work()
-            times[name].append((_clock(options.device) - began) / calls)
-    rows: list[dict[str, Any]] = []
-    for name, seconds in times.items():
-        ratios = sorted(own / other for own, other in zip(seconds, times[reference], strict=True))
-        middle = statistics.median(ratios)
-        row = {"way": name, "seconds": statistics.median(seconds), "ratio": middle, "faster": 1 / middle}
-        rows.append({**row, "ratio_lowest": ratios[0], "ratio_highest": ratios[-1]})
-    return rows
-
-
-def _clock(device: str) -> float:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
-
-
-def _task(options: argparse.Namespace) -> Task:
-    """Random images, twice as many as a step sees."""
-    shape = (1, 28, 28) if options.architecture == "lenet5" else (3, 32, 32)
-    n, gen = 2 * options.batch, generator(0, "speed")
-    pixels = torch.randint(0, 256, (n, *shape), generator=gen, dtype=torch.uint8)
-    images = Images(pixels, torch.randint(0, 10, (n,), generator=gen), torch.arange(n), "random").to(options.device)
-    half = (0.5,) * shape[0]
-    return Task("random", images, images, 10, half, half, options.architecture, Recipe(epochs=1, batch=options.batch))
-
-
-def _batch(task: Task) -> Batch:
-    n, x, y = task.recipe.batch, task.train.floats(), task.train.labels
-    return Batch(x[:n], y[:n], generator(0, "losses", device=task.device), partner=lambda: (x[n:], y[n:]))
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--architecture", default="lenet5", choices=list(BATCH))
-    parser.add_argument("--members", type=int, default=3)
-    parser.add_argument("--batch", type=int, help=f"images a step; without it {BATCH}")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--defenses", default=DEFENSES, help="separated by commas")
-    parser.add_argument("--compile", action="store_true", help="also GAL through torch.compile; minutes of compiling")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    return argparse.Namespace(**{**vars(options), "batch": options.batch or BATCH[options.architecture]})
 
 
 if __name__ == "__main__":
