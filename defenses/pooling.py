@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -70,9 +71,14 @@ class Pool:
         if self.kind == "none":
             return z
         rows, columns = self.lies(len(z))
-        pooled = POOLS[self.kind](z.reshape(rows, columns, -1).permute(2, 0, 1).unsqueeze(0), self)
-        down, across = ((side - left) // 2 for side, left in zip((rows, columns), pooled.shape[2:], strict=True))
-        return F.pad(pooled, (across, across, down, down)).squeeze(0).permute(1, 2, 0).reshape(z.shape)
+        last = z.ndim == 4 and z.is_contiguous(memory_format=torch.channels_last)  # so that no layout is copied into another
+        flat = z.permute(0, 2, 3, 1) if last else z
+        pooled = POOLS[self.kind](flat.reshape(rows, columns, -1), self)
+        if self.stride > 1:
+            down, across = ((side - left) // 2 for side, left in zip((rows, columns), pooled.shape, strict=False))
+            pooled = F.pad(pooled, (0, 0, across, across, down, down))
+        whole = pooled.reshape(flat.shape)
+        return whole.permute(0, 3, 1, 2) if last else whole
 
     def _windows(self) -> dict[str, Any]:
         flat = self.dims == 1
@@ -83,9 +89,48 @@ class Pool:
         }
 
 
+class BoxSum(torch.autograd.Function):
+    """Sums over windows of a sheet (rows columns d), cut off at its edges; its own adjoint, so differentiable to any order.
+
+    A few additions of whole rows: on the weights of a ResNet-18 many times as fast as pooling in two dimensions.
+    """
+
+    @staticmethod
+    def forward(z: Tensor, reach: tuple[int, int]) -> Tensor:
+        for axis, far in enumerate(reach):
+            whole, side = z.clone(), z.shape[axis]
+            for by in range(1, min(far, side - 1) + 1):
+                whole.narrow(axis, 0, side - by).add_(z.narrow(axis, by, side - by))
+                whole.narrow(axis, by, side - by).add_(z.narrow(axis, 0, side - by))
+            z = whole
+        return z
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, tuple[int, int]], output: Tensor) -> None:
+        ctx.reach = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return BoxSum.apply(grads[0], ctx.reach), None
+
+
+def _average(z: Tensor, pool: Pool) -> Tensor:
+    if pool.stride > 1:
+        return _as_images(F.avg_pool2d, z, pool, count_include_pad=False)
+    far = pool.kernel // 2
+    reach = (0 if pool.dims == 1 else far, far)
+    count = BoxSum.apply(z.new_ones(*z.shape[:2], 1), reach)
+    return BoxSum.apply(z, reach) / count
+
+
+def _as_images(function: Callable[..., Tensor], z: Tensor, pool: Pool, **settings: Any) -> Tensor:
+    """Pooling by torch, whose images are (1 d rows columns)."""
+    return function(z.permute(2, 0, 1).unsqueeze(0), **pool._windows(), **settings).squeeze(0).permute(1, 2, 0)
+
+
 POOLS: dict[str, Callable[[Tensor, Pool], Tensor]] = {
-    "average": lambda z, pool: F.avg_pool2d(z, **pool._windows(), count_include_pad=False),
-    "max": lambda z, pool: F.max_pool2d(z, **pool._windows()),
+    "average": _average,
+    "max": lambda z, pool: _as_images(F.max_pool2d, z, pool),
     "none": lambda z, pool: z,
 }
-"""(channels on their sheet (1 d rows columns), pool) -> the pooled sheet."""
+"""(sheet of channels (rows columns d), pool) -> the pooled sheet."""

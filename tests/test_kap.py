@@ -29,7 +29,7 @@ from defenses.kernels import (
     with_noise,
 )
 from defenses.nets import network
-from defenses.pooling import POOLS, Pool, sheet
+from defenses.pooling import POOLS, BoxSum, Pool, sheet
 from defenses.smoothing import Smoothed
 
 MEAN, MAX = Pool("average"), Pool("max")
@@ -170,6 +170,20 @@ def test_the_folded_network_answers_the_same(defense: Kap, architecture: str) ->
         assert float((plain(x) - pooling).abs().max()) <= 1e-5 * scale
         if not defense.norm_first:
             assert float((explicit(net)(x) - pooling).abs().max()) <= 1e-5 * scale
+
+
+@pytest.mark.parametrize(("reach", "shape"), [((1, 1), (3, 4, 2)), ((0, 2), (2, 5, 3)), ((3, 3), (2, 3, 1))])
+def test_sums_over_windows_have_their_gradients_to_the_second_order(reach: tuple[int, int], shape: tuple[int, ...]) -> None:
+    z = torch.randn(shape, generator=generator(0, "sheet"), dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda sheet: BoxSum.apply(sheet, reach), (z,))
+    assert torch.autograd.gradgradcheck(lambda sheet: BoxSum.apply(sheet, reach) ** 2, (z,))
+
+
+def test_layouts_are_kept_and_change_nothing() -> None:
+    weight = torch.randn(144, 16, 3, 3, generator=generator(0, "weight"))
+    last = MEAN(weight.to(memory_format=torch.channels_last))
+    assert last.is_contiguous(memory_format=torch.channels_last) and MEAN(weight).is_contiguous()
+    assert torch.equal(last, MEAN(weight))
 
 
 def test_gradients_of_weights_are_those_of_pooled_answers() -> None:
