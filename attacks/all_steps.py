@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
-from attacks.api import Around, Best, Search
+from attacks.api import Around, Attack, Best, Search
 from attacks.gradient import STARTS, Pgd, ascend, classification
 from attacks.norms import per_row
 from attacks.oracle import Oracle
 from attacks.streams import Streams
+
+
+def climbs(attack: Attack) -> TypeGuard[Pgd]:
+    """Whether it is our own loop of gradient steps, which :class:`AllSteps` can take."""
+    return isinstance(attack, Pgd) and not attack.foreign
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from attacks.gradient import Objective, classification
 from attacks.losses import CLASSES_NEEDED, CLASSES_NEEDED_TARGETED, Loss
 from attacks.losses import loss as loss_named
 from attacks.losses import targeted as targeted_named
+from attacks.norms import check_eps, per_row, put
 from attacks.norms import norm as norm_named
-from attacks.norms import per_row, put
 from attacks.oracle import Oracle
 from attacks.streams import Streams
 
@@ -56,8 +56,7 @@ class Apgd(Attack):
 
     def __post_init__(self) -> None:
         norm_named(self.norm), (targeted_named if self.targets else loss_named)(self.loss)
-        if not 0 < self.eps < float("inf"):
-            raise ValueError(f"eps must be positive and finite, got {self.eps}")
+        check_eps(self.eps)
         if self.steps < 1 or self.restarts < 1 or self.targets < 0:
             raise ValueError(
                 f"needed: steps and restarts >= 1, targets >= 0; got {self.steps}, {self.restarts}, {self.targets}"

@@ -18,6 +18,7 @@ from torch import Tensor
 from attacks.apgd import Apgd, ApgdT
 from attacks.api import Attack, Search
 from attacks.fab import Fab, FabT
+from attacks.norms import check_eps
 from attacks.norms import norm as norm_named
 from attacks.oracle import Oracle, decide
 from attacks.square import Square
@@ -90,8 +91,7 @@ class AutoAttack(Attack):
 
     def __post_init__(self) -> None:
         norm_named(self.norm)
-        if not 0 < self.eps < float("inf"):
-            raise ValueError(f"eps must be positive and finite, got {self.eps}")
+        check_eps(self.eps)
         if self.version != "custom" and self.version not in VERSIONS:
             raise ValueError(f"unknown version {self.version!r}; known are {', '.join(VERSIONS)} and custom")
         if (self.version == "custom") != bool(self.attacks):

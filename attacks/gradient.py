@@ -17,8 +17,8 @@ from attacks.api import Attack, Best, Search
 from attacks.losses import Loss
 from attacks.losses import loss as loss_named
 from attacks.losses import targeted as targeted_named
+from attacks.norms import check_eps, per_row
 from attacks.norms import norm as norm_named
-from attacks.norms import per_row
 from attacks.oracle import Oracle
 from attacks.streams import Streams
 
@@ -192,8 +192,7 @@ class Pgd(Attack):
 
     def __post_init__(self) -> None:
         norm_named(self.norm), loss_named(self.loss)
-        if not 0 < self.eps < float("inf"):
-            raise ValueError(f"eps must be positive and finite, got {self.eps}")
+        check_eps(self.eps)
         if self.steps < 1 or self.restarts < 1:
             raise ValueError(f"steps and restarts must be at least 1, got {self.steps} and {self.restarts}")
         if self.start not in STARTS:

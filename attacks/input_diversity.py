@@ -16,8 +16,8 @@ from torch import Tensor
 from attacks.api import Attack, Search
 from attacks.gradient import Walk, ascend, classification, step_size
 from attacks.losses import loss as loss_named
+from attacks.norms import check_eps, per_row
 from attacks.norms import norm as norm_named
-from attacks.norms import per_row
 from attacks.oracle import Oracle
 from attacks.streams import Streams
 
@@ -48,8 +48,7 @@ class DiverseMim(Attack):
 
     def __post_init__(self) -> None:
         norm_named(self.norm), loss_named(self.loss)
-        if not 0 < self.eps < float("inf"):
-            raise ValueError(f"eps must be positive and finite, got {self.eps}")
+        check_eps(self.eps)
         if self.steps < 1 or not 0 <= self.chance <= 1 or not step_size(self.step, self.eps, self.steps) > 0:
             raise ValueError(f"needed: steps >= 1, step > 0, 0 <= chance <= 1; got {self.steps}, {self.step}, {self.chance}")
 

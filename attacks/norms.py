@@ -97,6 +97,16 @@ NORMS: dict[str, Norm] = {
 }
 
 
+def check_eps(eps: float) -> None:
+    """Refuse a radius that is not positive and finite.
+
+    Raises:
+        ValueError: names it.
+    """
+    if not 0 < eps < float("inf"):
+        raise ValueError(f"eps must be positive and finite, got {eps}")
+
+
 def norm(name: str) -> Norm:
     """The norm of that name.
 

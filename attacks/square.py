@@ -17,8 +17,8 @@ from torch import Tensor
 
 from attacks.api import Attack, Best, Search
 from attacks.losses import margin
+from attacks.norms import check_eps, per_row, put
 from attacks.norms import norm as norm_named
-from attacks.norms import per_row, put
 from attacks.oracle import Oracle
 from attacks.streams import Streams
 
@@ -61,8 +61,7 @@ class Square(Attack):
     def __post_init__(self) -> None:
         if self.norm not in MOVES:
             raise ValueError(f"Square knows the norms {', '.join(MOVES)}, got {self.norm!r}")
-        if not 0 < self.eps < float("inf"):
-            raise ValueError(f"eps must be positive and finite, got {self.eps}")
+        check_eps(self.eps)
         if self.proposals < 1 or self.restarts < 1 or not 0 < self.area <= 1:
             raise ValueError(
                 f"needed: proposals and restarts >= 1, 0 < area <= 1; got {self.proposals}, {self.restarts}, {self.area}"

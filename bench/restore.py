@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from bench.datasets import DATASETS, DataError
-from bench.evals import Evaluation, Skipped, Subject
+from bench.evals import KINDS, Evaluation, Skipped, Subject
 from bench.jobs import ITSELF, Fitted, Job, weights_hash
 from bench.parts import PartStore
 from bench.progress import Progress
@@ -29,8 +29,6 @@ from defenses.api import Classifier, Images, Part, Task, Weights
 from defenses.recipe import Recipe
 
 T = TypeVar("T")
-
-_KINDS = {kind.model_fields["kind"].default: kind for kind in get_args(get_args(Evaluation)[0])}
 
 _RECIPE = TypeAdapter(Recipe)
 
@@ -165,7 +163,7 @@ class Case:
     def evaluation(self) -> Evaluation:
         """The question; its recorded fields name everything that numbers depend on."""
         fields = self.record.eval.get("fields", {})
-        kind = _KINDS.get(fields.get("kind"))
+        kind = KINDS.get(fields.get("kind"))
         if kind is None:
             raise Impossible(f"this version knows no evaluation of kind {fields.get('kind')!r}")
         try:  # beside the evaluation's own fields stand the settings of the attack that nobody gave

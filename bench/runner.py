@@ -7,7 +7,6 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -146,10 +145,7 @@ class Run:
         Raises:
             StoreError: if the folder is in use, cannot be written, or holds results of another request.
         """
-        with ExitStack() as stack:
-            stack.enter_context(self.store.locked(self.suite.name))
-            # float32 means float32: cuDNN would round to TF32 by itself, and choose kernels by timing.
-            stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False))
+        with self.store.locked(self.suite.name), environment.measuring():
             missing = self.missing()
             if self.request.fresh:
                 for job in missing:

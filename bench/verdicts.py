@@ -29,6 +29,13 @@ ENSEMBLE = "ensemble"
 KNOWN = ("apgd_ce", "apgd_t")
 """The attacks of the adaptive evaluation that every harness runs; what falls only later fell to knowledge of the defense."""
 
+MASKED = 0.01
+"""Share of zero gradients above which gradients are called masked (methods 12.1)."""
+
+HELPS = 0.002
+"""Share of images that must fall to Square, or to attacks that know the defense, after gradient attacks on the model, before
+they are said to help (methods 8.10 has it for Square)."""
+
 NAMED = 20
 """Images that a finding names at most; it counts all."""
 

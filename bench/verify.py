@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
-from bench import checks
+from bench import checks, environment
 from bench.mismatch import Mismatch
 from bench.partial import StoreError
 from bench.progress import Progress
@@ -71,7 +70,9 @@ def verify(path: Path, data: Path | None = None, sample: int = 5, progress: Prog
         raise ValueError(f"--sample: how many images to certify anew, at least 0, got {sample}")
     paths = find(path)
     stock, reports = Stock(data), []
-    with _as_measured(), (progress or Progress(None)).step(f"verifying {path}") as report:
+    tell = (progress or Progress(None)).step(f"verifying {path}")
+    # Whatever is drawn globally leaves no trace.
+    with environment.measuring(), torch.random.fork_rng(devices=[]), tell as report:
         for number, record in enumerate(paths):
             reports.append(_verify(record, stock, sample))
             report(number + 1, len(paths), {})
@@ -90,15 +91,6 @@ def find(path: Path) -> list[Path]:
     if not found:
         raise ValueError(f"there is no record at or below {path}; give a record's .json file or a folder above, such as --runs")
     return found
-
-
-@contextmanager
-def _as_measured() -> Iterator[None]:
-    """The arithmetic of a run (see :meth:`bench.runner.Run.execute`); whatever is drawn globally leaves no trace."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False))
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        yield
 
 
 def _verify(path: Path, stock: Stock, sample: int) -> Report:

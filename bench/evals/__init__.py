@@ -37,7 +37,8 @@ Evaluation = Annotated[
     | Votes,
     Field(discriminator="kind"),
 ]
-KINDS = tuple(sorted(kind.model_fields["kind"].default for kind in get_args(get_args(Evaluation)[0])))
+KINDS = {kind.model_fields["kind"].default: kind for kind in get_args(get_args(Evaluation)[0])}
+"""Evaluations by the word that suites and records have for them."""
 
 __all__ = [
     "KINDS",

@@ -6,7 +6,6 @@ fools the model as it is deployed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -19,15 +18,11 @@ from torch import Tensor
 from attacks import Apgd, ApgdT, Attack, Eot, Pgd, Square, Streams
 from attacks.api import verdicts
 from attacks.guided import ApgdAfter, Guided
-from attacks.norms import NORMS
 from attacks.oracle import decide
-from bench.evals.api import Base, Number, Outcome, Piece, Subject, share
+from bench.evals.api import Base, Number, Outcome, Piece, Subject, check_threat, share
 from bench.store import Finding, Metric
-from bench.verdicts import KNOWN
+from bench.verdicts import HELPS, KNOWN, NAMED
 from defenses.api import Images
-
-HELPS = 0.002
-"""Share of images that must fall to later attacks before a record says that they help (as methods 8.10 has it for Square)."""
 
 
 class Adaptive(Base):
@@ -52,14 +47,7 @@ class Adaptive(Base):
     eot: int = Field(20, ge=1)
 
     def check(self, place: str, shape: tuple[int, int, int]) -> None:
-        if self.norm not in NORMS or self.norm == "l1":
-            raise ValueError(f"{place}.norm: unknown {self.norm!r}; known are linf, l2")
-        largest = 1.0 if self.norm == "linf" else math.sqrt(math.prod(shape))
-        for eps in self.eps:
-            if not 0 < eps <= largest:
-                raise ValueError(
-                    f"{place}.eps: {eps:g} is out of range; in {self.norm} 0 < eps <= {largest:g} (pixels in [0,1])"
-                )
+        check_threat(place, self.norm, self.eps, shape)
 
     def pieces(self, subject: Subject) -> list[Piece]:
         return [Piece(rows, {"eps": eps}) for eps in self.eps for rows in self._slices(50)]
@@ -158,5 +146,5 @@ class Adaptive(Base):
         by = later.broken_by.value_counts().to_dict()
         words = ", ".join(f"{count} to {name}" for name, count in by.items())
         detail = f"{len(later)} of {len(part)} images at eps {eps:g} stood after APGD on the model and fell later: {words}"
-        evidence = {"eps": float(eps), "images": later.id.tolist()[:20], "by": by}
+        evidence = {"eps": float(eps), "images": later.id.tolist()[:NAMED], "by": by}
         return [Finding(kind="adaptive_helps", detail=detail, evidence=evidence)]

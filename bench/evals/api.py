@@ -15,7 +15,9 @@ import pandas as pd
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
+from attacks import ATTACKS
 from attacks.guided import View
+from attacks.minimum_norm import MinimumNorm
 from bench import metrics
 from bench.store import Finding, Metric, Strict
 from defenses.api import Classifier, Images
@@ -154,10 +156,34 @@ def check_threat(place: str, norm: str, eps: Sequence[float], shape: tuple[int, 
     """Refuse a norm or radii that no image of this shape (c h w) has; ``place`` names the key in the error."""
     if norm not in ("linf", "l2"):
         raise ValueError(f"{place}.norm: unknown {norm!r}; known are linf, l2")
+    check_radii(place, norm, eps, shape)
+
+
+def check_radii(place: str, norm: str, eps: Sequence[float], shape: tuple[int, int, int]) -> None:
+    """Refuse radii that no image of this shape (c h w) has in a known norm; ``place`` names the key in the error."""
     for one in eps:
         if not 0 < one <= largest(norm, shape):
             limit = largest(norm, shape)
             raise ValueError(f"{place}.eps: {one:g} is out of range; in {norm} 0 < eps <= {limit:g} (pixels in [0,1])")
+
+
+def refuse_nearest(place: str, attack: str, reason: str, instead: str) -> None:
+    """Refuse attacks that stop at the nearest adversarial point.
+
+    Args:
+        place: names the key in the error.
+        attack: a name of :data:`attacks.ATTACKS`.
+        reason: why that point is of no use.
+        instead: an attack to give.
+
+    Raises:
+        ValueError: names the key.
+    """
+    if issubclass(ATTACKS[attack], MinimumNorm):
+        raise ValueError(
+            f"{place}.attack: {attack} looks for the nearest point, {reason}; "
+            f"give an attack that uses its budget, such as {instead}"
+        )
 
 
 def share(name: str, hits: pd.Series | np.ndarray, **facts: Any) -> Metric:

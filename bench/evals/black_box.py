@@ -14,11 +14,10 @@ import pandas as pd
 from pydantic import Field
 
 from attacks import AllSteps, Attack, Streams
-from attacks.gradient import Pgd
+from attacks.all_steps import climbs
 from attacks.losses import LOSSES
-from attacks.minimum_norm import MinimumNorm
 from attacks.oracle import decide
-from bench.evals.api import Outcome, Piece, Subject, share
+from bench.evals.api import Outcome, Piece, Subject, refuse_nearest, share
 from bench.evals.robust import Attacking
 from bench.store import Metric
 from defenses.api import Classifier, Images
@@ -42,11 +41,7 @@ class BlackBox(Attacking):
 
     def check(self, place: str, shape: tuple[int, int, int]) -> None:
         super().check(place, shape)
-        if isinstance(self._plain(self.eps[0]), MinimumNorm):
-            raise ValueError(
-                f"{place}.attack: {self.attack} looks for the nearest point, which is no test of another network; "
-                "give an attack that uses its budget, such as diverse_mim"
-            )
+        refuse_nearest(place, self.attack, "which is no test of another network", "diverse_mim")
         for loss in self.losses:
             if loss not in ("", *LOSSES):
                 raise ValueError(f"{place}.losses: unknown {loss!r}; known are {', '.join(LOSSES)}")
@@ -67,7 +62,7 @@ class BlackBox(Attacking):
         """The attack at one budget."""
         given = self if not loss else self.model_copy(update={"loss": loss})
         attack = super(BlackBox, given).attacker(eps, scratch)
-        return AllSteps(attack) if isinstance(attack, Pgd) and not attack.foreign else attack
+        return AllSteps(attack) if climbs(attack) else attack
 
     def _measure(self, subject: Subject, images: Images, eps: float) -> pd.DataFrame:
         """Rows: id, label, eps, clean_correct, and a column "wrong <source>" or "wrong <source>, <loss>" for every search."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from attacks import ATTACKS
-from attacks.minimum_norm import MinimumNorm
-from bench.evals.api import Skipped, Subject
+from bench.evals.api import Skipped, Subject, refuse_nearest
 from defenses.nets import Network
 
 
@@ -44,8 +42,4 @@ def check_uses_budget(place: str, attack: str) -> None:
     Raises:
         ValueError: names the key.
     """
-    if issubclass(ATTACKS[attack], MinimumNorm):
-        raise ValueError(
-            f"{place}.attack: {attack} looks for the nearest point, where any change makes the network right again; "
-            "give an attack that uses its budget, such as autoattack or pgd"
-        )
+    refuse_nearest(place, attack, "where any change makes the network right again", "autoattack or pgd")

@@ -21,9 +21,9 @@ from attacks.norms import NORMS
 from attacks.oracle import Oracle, decide
 from attacks.reference import check as check_engine
 from attacks.reference import installed
-from bench.evals.api import Base, Number, Outcome, Piece, Skipped, Subject, share
+from bench.evals.api import Base, Number, Outcome, Piece, Skipped, Subject, check_radii, share
 from bench.store import Finding, Metric
-from bench.verdicts import within
+from bench.verdicts import HELPS, MASKED, NAMED, within
 from defenses.api import Classifier, Images
 from defenses.smoothing import Smoothed
 
@@ -31,12 +31,6 @@ OPTIONS = (
     "steps", "step", "restarts", "loss", "start", "targets", "proposals", "version", "attacks", "first", "engine",
 )  # fmt: skip
 """Settings of attacks that a suite may give; an attack has some of them."""
-
-MASKED = 0.01
-"""Share of zero gradients above which gradients are called masked (methods 12.1)."""
-
-HELPS = 0.002
-"""What Square may take off the accuracy after the white-box attacks before it is called a sign of masking (methods 8.10)."""
 
 
 class Attacking(Base, ABC):
@@ -75,12 +69,7 @@ class Attacking(Base, ABC):
             if getattr(self, name) is not None and name not in has:
                 own = ", ".join(option for option in OPTIONS if option in has)
                 raise ValueError(f"{place}.{name}: {self.attack} has no such setting; it has {own}")
-        largest = 1.0 if self.norm == "linf" else math.sqrt(math.prod(shape))
-        for eps in self.eps:
-            if not 0 < eps <= largest:
-                raise ValueError(
-                    f"{place}.eps: {eps:g} is out of range; in {self.norm} 0 < eps <= {largest:g} (pixels in [0,1])"
-                )
+        check_radii(place, self.norm, self.eps, shape)
         check_engine(self._plain(self.eps[0]))
 
     def _plain(self, eps: float) -> Attack:
@@ -242,12 +231,12 @@ class Robust(Attacking):
             detail = (
                 f"{part:.1%} of the gradients were zero in every pixel: gradient attacks are blind, and their numbers too high"
             )
-            images = rows[rows.zeros > 0].id.unique()[:20].tolist()
+            images = rows[rows.zeros > 0].id.unique()[:NAMED].tolist()
             found.append(Finding(kind="zero_gradients", detail=detail, evidence={"share": part, "images": images}))
         for name, text in CHECKS.items():
             if name in rows and rows[name].any():
                 hit = rows[rows[name]].id.unique()
-                evidence = {"images": hit[:20].tolist(), "count": len(hit)}
+                evidence = {"images": hit[:NAMED].tolist(), "count": len(hit)}
                 found.append(Finding(kind=name, detail=f"{len(hit)} images: {text}", evidence=evidence))
         return found + self._of_cascade(rows)
 
@@ -264,7 +253,7 @@ class Robust(Attacking):
             hit = part[part.broken_by == names.index("square")]
             if len(hit) / len(part) > HELPS:
                 detail = f"Square broke {len(hit)} of {len(part)} images at eps {eps:g} that gradient attacks had left standing"
-                evidence = {"eps": float(eps), "images": hit.id.tolist()[:20], "count": len(hit)}  # type: ignore[arg-type]
+                evidence = {"eps": float(eps), "images": hit.id.tolist()[:NAMED], "count": len(hit)}  # type: ignore[arg-type]
                 found.append(Finding(kind="square_helps", detail=detail, evidence=evidence))
         return found
 

@@ -12,9 +12,7 @@ from attacks.checks import CHECKS
 from bench import metrics
 from bench.evals.api import mean_of, share
 from bench.store import Finding, Metric
-
-MASKED = 0.01
-"""Share of zero gradients above which gradients are called masked (methods 12.1)."""
+from bench.verdicts import MASKED, NAMED
 
 BEATS = 0.8
 """Share of images in which a full step along the gradient must raise the margin more than every random direction does. Trained
@@ -31,9 +29,6 @@ UNCONVERGED = 0.05
 NOISY = 0.01
 """Share of single draws whose class is not the usual one, above which a verdict depends on the draw: a flip rate of 5 %
 survives three tries with .86, and a hundred with .006 (methods 9.2)."""
-
-NAMED = 20
-"""Images that a finding names at most; it counts all."""
 
 
 def numbers(rows: pd.DataFrame, searches: Sequence[tuple[int, int]]) -> list[Metric]:

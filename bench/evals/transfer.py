@@ -15,10 +15,9 @@ import numpy as np
 import pandas as pd
 
 from attacks import AllSteps, Attack, Streams
-from attacks.gradient import Pgd
-from attacks.minimum_norm import MinimumNorm
+from attacks.all_steps import climbs
 from attacks.oracle import decide
-from bench.evals.api import Outcome, Piece, Skipped, Subject, mean_of, share
+from bench.evals.api import Outcome, Piece, Skipped, Subject, mean_of, refuse_nearest, share
 from bench.evals.robust import Attacking
 from bench.store import Metric
 from bench.verdicts import ENSEMBLE
@@ -42,13 +41,8 @@ class Transfer(Attacking):
 
     def check(self, place: str, shape: tuple[int, int, int]) -> None:
         super().check(place, shape)
-        attack = self._plain(self.eps[0])
-        if isinstance(attack, MinimumNorm):
-            raise ValueError(
-                f"{place}.attack: {self.attack} looks for the nearest point, which is no test of another network; "
-                "give an attack that uses its budget, such as pgd"
-            )
-        if self.early_stop is not None and not _climbs(attack):
+        refuse_nearest(place, self.attack, "which is no test of another network", "pgd")
+        if self.early_stop is not None and not climbs(self._plain(self.eps[0])):
             raise ValueError(
                 f"{place}.early_stop: {self.attack} ends its search in its own way; only fgsm, r_fgsm, bim, pgd and mim "
                 "of the native engine can be told when to stop"
@@ -57,10 +51,10 @@ class Transfer(Attacking):
     def attacker(self, eps: float, scratch: Path | None = None) -> Attack:
         """The attack at one budget, made to take all its steps unless early stops are asked for."""
         attack = super().attacker(eps, scratch)
-        return AllSteps(attack) if _climbs(attack) and not self.early_stop else attack  # type: ignore[arg-type]
+        return AllSteps(attack) if climbs(attack) and not self.early_stop else attack
 
     def resolved(self, subject: Subject) -> dict[str, Any]:
-        stops = {"early_stop": bool(self.early_stop)} if _climbs(self._plain(self.eps[0])) else {}
+        stops = {"early_stop": bool(self.early_stop)} if climbs(self._plain(self.eps[0])) else {}
         return {**super().resolved(subject), **stops}
 
     def pieces(self, subject: Subject) -> list[Piece]:
@@ -151,8 +145,3 @@ def averages(part: pd.DataFrame, names: Sequence[str], eps: float) -> list[Metri
 def _all_correct(part: pd.DataFrame, names: Sequence[str]) -> np.ndarray:
     """Images that every member gets right, bool (n)."""
     return np.logical_and.reduce([part[f"correct_{member}"].to_numpy(bool) for member in names[:-1]])
-
-
-def _climbs(attack: Attack) -> bool:
-    """Whether it is our own loop of gradient steps."""
-    return isinstance(attack, Pgd) and not attack.foreign
