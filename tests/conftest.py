@@ -11,8 +11,7 @@ import torch
 # Small networks gain nothing from threads, and a child forked after OpenMP has started some would wait for them for ever.
 torch.set_num_threads(1)
 
-TINY = """
-name = "tiny"
+HEAD = """\
 version = 1
 dataset = "digits"
 architecture = "lenet5"
@@ -22,7 +21,12 @@ validation_images = 20
 epochs = 2
 batch = 32
 optimizer = "adam"
-lr = 0.01
+lr = 0.01"""
+"""A suite behind its name and before its evaluations: digits, a network that trains in a second."""
+
+TINY = f"""
+name = "tiny"
+{HEAD}
 [evals.clean]
 kind = "clean"
 images = 30
@@ -36,7 +40,7 @@ restarts = 2
 images = 30
 [evals.certified]
 kind = "certified"
-radii = { step = 0.1 }
+radii = {{ step = 0.1 }}
 n = 200
 images = 30
 """

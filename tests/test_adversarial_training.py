@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import HEAD
 from scipy import stats
 from test_eat import Shop
 from test_joint import Linear, assert_gradients, batch, smooth, total
@@ -464,18 +465,9 @@ def test_members_are_networks_of_their_own() -> None:
     assert torch.allclose(model(x), expected, atol=1e-5)
 
 
-SUITE = """
+SUITE = f"""
 name = "hardened"
-version = 1
-dataset = "digits"
-architecture = "lenet5"
-train_images = 64
-validation_images = 20
-[recipe]
-epochs = 2
-batch = 32
-optimizer = "adam"
-lr = 0.01
+{HEAD}
 [roles.fast_at]
 schedule = "cyclic"
 epochs = 3

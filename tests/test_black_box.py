@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import HEAD
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_adaptive import Linear, images
@@ -157,8 +158,7 @@ def test_wrong_fields_are_refused(fields: dict[str, Any], text: str) -> None:
 
 
 SUITE = (
-    'name = "outside"\nversion = 1\ndataset = "digits"\narchitecture = "lenet5"\ntrain_images = 64\nvalidation_images = 20\n'
-    '[recipe]\nepochs = 2\nbatch = 32\noptimizer = "adam"\nlr = 0.01\n'
+    f'name = "outside"\n{HEAD}\n'
     '[evals.outside]\nkind = "black_box"\nattack = "diverse_mim"\nnorm = "linf"\neps = ["0.1"]\nsteps = 3\nimages = 8\n'
     'losses = ["ce", "margin"]\n'
 )

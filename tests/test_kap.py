@@ -17,12 +17,10 @@ from attacks.oracle import Oracle, decide
 from attacks.streams import Shared, Streams, drawing, generator
 from bench.registry import resolve
 from bench.runner import Request, Run
-from defenses.api import Classifier
 from defenses.kap import Kap, kap, kmp, nt, nt_sigma
 from defenses.kernels import (
     KernelConv2d,
     KernelNetwork,
-    Kernels,
     folded,
     loudness,
     recalibrated,
@@ -350,8 +348,3 @@ def test_a_run_of_the_family(tmp_path: Path) -> None:
     assert {record.status for record in records} == {"success"} and len(records) == 10
     clean = {r.defense["variant"]: r.metrics[0].value for r in records if r.eval["name"] == "clean"}
     assert len(clean) == 5 and max(clean.values()) > 0.2
-
-
-def test_a_member_is_a_classifier() -> None:
-    net: Classifier = made(kap, "cnn1")
-    assert list(net.members) == [net] and isinstance(Kernels(MEAN), Kernels)

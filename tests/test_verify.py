@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import HEAD
 from PIL import Image
 
 from attacks import Pgd, Streams
@@ -30,18 +31,9 @@ from bench.verify import Report, render, verify
 from defenses.api import Classifier, Images, Task
 from defenses.naive import Naive
 
-SUITE = """
+SUITE = f"""
 name = "tiny"
-version = 1
-dataset = "digits"
-architecture = "lenet5"
-train_images = 64
-validation_images = 20
-[recipe]
-epochs = 2
-batch = 32
-optimizer = "adam"
-lr = 0.01
+{HEAD}
 [evals.clean]
 kind = "clean"
 images = 30
@@ -88,18 +80,18 @@ sources = ["itself"]
 images = 10
 [evals.certified]
 kind = "certified"
-radii = { step = 0.1 }
+radii = {{ step = 0.1 }}
 n = 200
 images = 20
 [evals.pooled]
 kind = "certified"
 estimator = "pooled (unsound)"
-radii = { step = 0.1 }
+radii = {{ step = 0.1 }}
 n = 200
 images = 10
 [evals.votes]
 kind = "votes"
-radii = { step = 0.1 }
+radii = {{ step = 0.1 }}
 n = 10_000
 images = 2
 """
