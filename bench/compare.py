@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from bench import metrics
-from bench.evals.diversity import UNITS
-from bench.evals.vulnerability import VULNERABILITY
+from bench.per_image import per_image
 from bench.store import Record, Store
 from bench.suites import unknown
-from bench.verdicts import within
 
 LEVEL = 1 - metrics.CONFIDENCE
 """Of the verdicts, for all rows of a comparison together (Holm 1979)."""
-
-Values = dict[str, pd.Series]
-"""A number of an evaluation -> its value of every image, by image id; the number is their mean."""
 
 
 @dataclass(frozen=True)
@@ -88,16 +82,21 @@ def _finished(store: Store, suite: str, budget: str, variant: str) -> dict[tuple
 
 def _of_evaluation(store: Store, evaluation: str, pairs: Sequence[tuple[Record, Record]]) -> list[Difference]:
     """The numbers of one evaluation, of records that answer the same question on the same images."""
-    for a, b in pairs:
-        asked = [{**record.eval["fields"], "images": record.hashes["images"]} for record in (a, b)]
-        if asked[0] != asked[1]:
-            return []
+    if not all(same_question(*pair) for pair in pairs):
+        return []
     tables = [tuple(per_image(record, store.rows(record)) for record in pair) for pair in pairs]
     shared = [number for number in tables[0][0] if all(number in values for pair in tables for values in pair)]
-    return [_difference(evaluation, number, [(a[number], b[number]) for a, b in tables]) for number in shared]
+    return [difference(evaluation, number, [(a[number], b[number]) for a, b in tables]) for number in shared]
 
 
-def _difference(evaluation: str, number: str, pairs: Sequence[tuple[pd.Series, pd.Series]]) -> Difference:
+def same_question(first: Record, second: Record) -> bool:
+    """Whether two records were asked the same about the same images."""
+    asked = [{**record.eval["fields"], "images": record.hashes.get("images")} for record in (first, second)]
+    return asked[0] == asked[1]
+
+
+def difference(evaluation: str, number: str, pairs: Sequence[tuple[pd.Series, pd.Series]]) -> Difference:
+    """The difference of one number, from what it is the mean of image by image, a pair a training seed."""
     frames = [pd.DataFrame({"a": a, "b": b}).dropna().astype(float) for a, b in pairs]
     means = pd.concat(frames).groupby(level=0).mean()
     apart = (means.a - means.b).to_numpy()
@@ -107,58 +106,6 @@ def _difference(evaluation: str, number: str, pairs: Sequence[tuple[pd.Series, p
     each = tuple(float((frame.a - frame.b).mean()) for frame in frames)
     a, b, mean = float(means.a.mean()), float(means.b.mean()), float(apart.mean())
     return Difference(evaluation, number, len(means), len(frames), a, b, mean, low, high, each, p)
-
-
-def per_image(record: Record, rows: pd.DataFrame) -> Values:
-    """What of a record is a mean over all images, image by image; nothing for kinds of evaluations without such numbers."""
-    values = _KINDS.get(record.eval["fields"].get("kind", ""), lambda fields, rows: {})(record.eval["fields"], rows)
-    return {number: pd.Series(np.asarray(own), index=ids.to_numpy()) for number, (ids, own) in values.items()}
-
-
-Found = dict[str, tuple[pd.Series, Any]]
-
-
-def _clean(fields: Mapping[str, Any], rows: pd.DataFrame) -> Found:
-    return {"clean accuracy": (rows.id, rows.prediction == rows.label)}
-
-
-def _robust(fields: Mapping[str, Any], rows: pd.DataFrame) -> Found:
-    found: Found = {}
-    for eps in fields["eps"]:
-        # Records from before searches for the nearest point do not have the field.
-        part, near = within(rows, eps, fields.get("nearest", False))
-        found[f"accuracy at eps {eps:g}"] = part.id, ~(part.broken & near)
-    return found
-
-
-def _certified(fields: Mapping[str, Any], rows: pd.DataFrame) -> Found:
-    found: Found = {}
-    for radius in fields["radii"]:
-        part = rows[rows.asked == radius] if "asked" in rows else rows
-        found[f"certified accuracy at {radius:g}"] = part.id, (part.prediction == part.label) & (part.radius >= radius)
-    return found
-
-
-def _diversity(fields: Mapping[str, Any], rows: pd.DataFrame) -> Found:
-    names = [name for name in (*UNITS, *VULNERABILITY) if name in rows]
-    return {name.replace("_", " "): (rows.id, rows[name]) for name in names}
-
-
-def _noise(fields: Mapping[str, Any], rows: pd.DataFrame) -> Found:
-    found: Found = {}
-    for (eps, made, place), part in rows.groupby(["eps", "made", "place"], sort=False):
-        words = f"{made} at eps {eps:g}" if eps else made
-        found[f"accuracy {words}, noise: {place}"] = part.id, part.correct
-    return found
-
-
-_KINDS: dict[str, Callable[[Mapping[str, Any], pd.DataFrame], Found]] = {
-    "clean": _clean,
-    "robust": _robust,
-    "certified": _certified,
-    "diversity": _diversity,
-    "noise": _noise,
-}
 
 
 def table(rows: Sequence[Difference], first: str, second: str, fmt: str = "text") -> str:

@@ -20,7 +20,7 @@ PAPERS = {
 
 FLAGS = ("impossible", "suspicious", "conflicting", "inferred")
 """What may be wrong with a number: it cannot be true; it is hardly what it is called; the paper says something else elsewhere;
-something that it needs is not stated, and was inferred. A number has the first that applies, its remark has all reasons."""
+something that it needs is not stated, and was inferred. A number has the first that applies; remark and note say why."""
 
 COLUMNS = {
     "file": "stem of the CSV file, e.g. cear_table1",
@@ -44,9 +44,11 @@ COLUMNS = {
     "value": "the number; nothing where a table prints deviations",
     "std": "its deviation, over what the paper says",
     "printed": "the number as it is printed",
+    "printed_std": "its deviation as it is printed",
     "unit": "percent, percent_summed, seconds, milliseconds_per_batch, attack_steps; gain_points, ... for figures of the text",
     "flag": "one of FLAGS, or nothing",
-    "remark": "why, and what else must be known; parts end with a semicolon",
+    "remark": "why it is impossible, suspicious or conflicting; parts end with a semicolon",
+    "note": "what was inferred, and what else must be known; parts end with a semicolon",
 }
 """Of :func:`frame`, in order. Texts are "" and numbers NaN where they do not apply or the paper does not say."""
 
@@ -67,13 +69,13 @@ def frame() -> pd.DataFrame:
 
 def _read(path: Path) -> pd.DataFrame:
     rows = pd.read_csv(path, dtype=str, keep_default_na=False)
-    strange = sorted(set(map(str, rows)) ^ (set(COLUMNS) - {"file", "printed"}))
+    strange = sorted(set(map(str, rows)) ^ (set(COLUMNS) - {"file", "printed", "printed_std"}))
     if strange:
         raise ValueError(f"{path.name}: columns differ from what is documented: {', '.join(strange)}")
     strange = sorted(set(rows.flag) - {"", *FLAGS})
     if strange:
         raise ValueError(f"{path.name}: unknown flag {', '.join(strange)}; known are {', '.join(FLAGS)}")
-    rows = rows.assign(file=path.stem, printed=rows.value.where(rows.value != "", rows["std"]))
+    rows = rows.assign(file=path.stem, printed=rows.value.where(rows.value != "", rows["std"]), printed_std=rows["std"])
     return rows.assign(**{name: pd.to_numeric(rows[name]).astype(float) for name in NUMBERS})
 
 

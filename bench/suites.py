@@ -111,7 +111,7 @@ def _check_recipe(place: str, values: dict[str, Any], given: dict[str, Any]) -> 
     try:
         recipe = _RECIPE.validate_python(values)
     except ValidationError as error:
-        raise ValueError(_explain(error, place)) from error
+        raise ValueError(explain(error, place)) from error
     if recipe.epochs < 1 or recipe.batch < 1:
         raise ValueError(f"{place}: epochs and batch must be at least 1, got {recipe.epochs} and {recipe.batch}")
     if not all(0 <= share <= 1 for share in recipe.decay_at):
@@ -145,7 +145,7 @@ def load_suite(name: str | Path, budget: str = "quick") -> Suite:
     try:
         return Suite(budget=budget, **_at_budget(raw, budget))
     except ValidationError as error:
-        raise SuiteError(f"{path.name}: {_explain(error)}") from error
+        raise SuiteError(f"{path.name}: {explain(error)}") from error
     except (TypeError, ValueError) as error:
         raise SuiteError(f"{path.name}: {error}") from error
 
@@ -229,7 +229,7 @@ def _at_budget(raw: dict[str, Any], budget: str) -> dict[str, Any]:
     return raw
 
 
-def _explain(error: ValidationError, *above: str) -> str:
+def explain(error: ValidationError, *above: str) -> str:
     """The first few problems of a suite file, in words; ``above`` is where in the file they are."""
     problems = []
     for item in error.errors()[:3]:

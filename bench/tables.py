@@ -251,7 +251,7 @@ def render(table: Table, fmt: str = "text") -> str:
     if fmt == "latex":
         grid = str(tabulate(body(table), table.columns, tablefmt="latex_booktabs", disable_numparse=True))
         grid = grid.replace("–", "--").replace("±", r"$\pm$")
-        caption = _latex(table.caption)
+        caption = latex(table.caption)
         return f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n{grid}\n\\end{{table}}"
     if fmt == "html":
         from html import escape
@@ -264,7 +264,12 @@ def render(table: Table, fmt: str = "text") -> str:
     return f"{grid}\n\n{table.caption}" if fmt == "md" else f"{table.title}\n{grid}\n{table.caption}"
 
 
-def _latex(text: str) -> str:
-    for plain, safe in (("\\", r"\textbackslash{}"), ("&", r"\&"), ("%", r"\%"), ("_", r"\_"), ("#", r"\#"), ("$", r"\$")):
-        text = text.replace(plain, safe)
-    return text.replace("<=", r"$\leq$").replace(">=", r"$\geq$").replace("–", "--").replace("±", r"$\pm$")
+def latex(text: str) -> str:
+    """Text with everything escaped that LaTeX would take for a command."""
+    return text.translate(_LATEX).replace("<=", r"$\leq$").replace(">=", r"$\geq$")
+
+
+_LATEX = str.maketrans({
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "±": r"$\pm$",
+    **{sign: "\\" + sign for sign in "&%_#${}"},
+})  # fmt: skip

@@ -35,7 +35,7 @@ def test_it_is_the_transcription() -> None:
                 assert own[column] == OURS.get(raw[column], raw[column]), f"{name}:{number} {column}"
             assert own["eps"] == raw["epsilon"]
             assert raw["sigma"] in (own["sigma"], own["noise"]), f"{name}:{number} sigma"
-            assert not raw["note"] or own["remark"] or raw["note"] == "K=3", f"{name}:{number} lost its note"
+            assert not raw["note"] or own["remark"] or own["note"] or raw["note"] == "K=3", f"{name}:{number} lost its note"
 
 
 def test_names_are_those_of_the_project() -> None:
@@ -44,7 +44,8 @@ def test_names_are_those_of_the_project() -> None:
     assert set(rows.paper) == set(published.PAPERS)
     assert set(rows.defense) <= {"", *registered()}
     assert set(rows.dataset) <= {"", *DATASETS} and set(rows.architecture) <= {"", *ARCHITECTURES}
-    assert all(rows.remark[rows.flag != ""] != ""), "a flag without its reason"
+    for flag, column in (("impossible", "remark"), ("suspicious", "remark"), ("conflicting", "remark"), ("inferred", "note")):
+        assert all(rows[column][rows.flag == flag] != ""), f"{flag} without its reason"
 
 
 def test_an_impossible_number_is_flagged_and_never_the_best() -> None:

@@ -1,0 +1,1 @@
+"""Tables of papers: what they print beside what our records say."""

@@ -1,0 +1,189 @@
+"""A cell of a paper's table: what is printed, what our records say, and how far that is apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from scipy import stats
+
+from bench import published
+from bench.metrics import CONFIDENCE
+from bench.papers.layout import Answer, Beside, facts
+from bench.store import Metric, Record
+from bench.tables import numbers
+
+TIMES = ("training_seconds_per_epoch", "training_seconds", "seconds_per_image")
+"""What may answer besides a record's own numbers, from what it cost: an epoch of all networks, all epochs, one image."""
+
+HALF = 0.5 + CONFIDENCE / 2
+"""Quantile at the upper end of an interval."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """One record's answer, in the unit of the published number; ``n`` images (epochs, for times of training)."""
+
+    value: float
+    lower: float | None
+    upper: float | None
+    n: int
+
+
+def number(record: Record, wanted: Answer | Beside, row: Mapping[str, Any]) -> Number | None:
+    """What a record answers to a published number, None if it has no such number.
+
+    Raises:
+        ValueError: if several of its numbers fit.
+    """
+    asked = facts(wanted.facts, row)
+    fit = [one for one in _all(record) if one.metric == wanted.metric and _has(one, asked)]
+    if not fit:
+        return _beyond(record, wanted, asked)
+    if len(fit) > 1:
+        raise ValueError(f"{record.eval['name']}: {len(fit)} numbers {wanted.metric} with {asked}; give more facts")
+    one, scale = fit[0], getattr(wanted, "scale", 1.0) * (100.0 if fit[0].unit == "fraction" else 1.0)
+    ends = (one.lower, one.value, one.upper)
+    if getattr(wanted, "complement", False):
+        ends = tuple(None if end is None else 1 - end for end in reversed(ends))  # type: ignore[assignment]
+    low, value, high = (None if end is None else end * scale for end in ends)
+    assert value is not None
+    return Number(value, low, high, one.n)
+
+
+def _all(record: Record) -> list[Metric]:
+    """A record's numbers, and times that follow from what it cost."""
+    found, images = list(numbers(record)), record.eval["fields"].get("images")
+    for one in [one for one in found if one.metric == "training_seconds_per_epoch"]:
+        found.append(one.model_copy(update={"metric": "training_seconds", "value": one.value * one.n}))
+    seconds = record.cost.get("seconds")
+    if seconds is not None and images and record.cost.get("measured_together", 1.0) == 1.0:
+        found.append(Metric(metric="seconds_per_image", value=seconds / images, n=images, unit="seconds"))
+    return found
+
+
+def _has(one: Metric, asked: Mapping[str, Any]) -> bool:
+    for name, wanted in asked.items():
+        own = getattr(one, name)
+        if isinstance(own, float) and isinstance(wanted, float | int):
+            if abs(own - wanted) > 1e-9:
+                return False
+        elif own != wanted:
+            return False
+    return True
+
+
+def _beyond(record: Record, wanted: Answer | Beside, asked: Mapping[str, Any]) -> Number | None:
+    """Certified accuracy at a radius that no votes can prove: 0, without an interval."""
+    fields, radius = record.eval["fields"], asked.get("radius")
+    if wanted.metric != "certified_accuracy" or radius is None or "estimator" not in fields:
+        return None
+    from defenses.estimators import ESTIMATORS, Question
+
+    top = ESTIMATORS[fields["estimator"]].ceiling(Question(fields["sigma"], fields["alpha"], fields["n"]))
+    return Number(0.0, None, None, fields["images"]) if float(radius) > top else None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A published number and what answers it.
+
+    Attributes:
+        row: of :func:`bench.published.frame`.
+        answer: what is asked of our records.
+        suite, budget: whose records.
+        spec, label: the variant, as on the command line and as records call it.
+        deviation: whether the published number is one, over training seeds.
+        records, ours: finished records that answer, one a training seed, and their numbers.
+        why: of a hole, what its records say instead of a number, if there are any.
+        status: what may be believed of the records, as in summaries; "" for a hole.
+        best: whether it is the best of its block and column, and differs from all others there significantly.
+    """
+
+    row: Mapping[str, Any]
+    answer: Answer
+    suite: str
+    budget: str
+    spec: str
+    label: str
+    deviation: bool = False
+    records: tuple[Record, ...] = ()
+    ours: tuple[Number, ...] = ()
+    why: str = ""
+    status: str = ""
+    best: bool = False
+
+    @property
+    def printed(self) -> float:
+        """The published number: the mean, or, in a table of deviations, the deviation."""
+        return float(self.row["std"] if self.deviation else self.row["value"])
+
+    @property
+    def filled(self) -> bool:
+        """Whether there is a number of ours."""
+        return len(self.ours) > (1 if self.deviation else 0)
+
+    @property
+    def value(self) -> float:
+        """Ours: the mean over training seeds, or their deviation where the paper prints one."""
+        values = [one.value for one in self.ours]
+        return stdev(values) if self.deviation else mean(values)
+
+    @property
+    def spread(self) -> float | None:
+        """Deviation over training seeds, of two at least."""
+        return stdev([one.value for one in self.ours]) if len(self.ours) > 1 and not self.deviation else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Of one seed over images; of several over images and seeds together (Student); of a deviation by chi-square."""
+        if self.deviation:
+            return _of_deviation(self.value, len(self.ours)) if self.filled else None
+        ends = [(one.lower, one.upper) for one in self.ours if one.lower is not None and one.upper is not None]
+        if not ends or len(ends) < len(self.ours):
+            return None
+        if self.spread is None:
+            return ends[0]
+        # All seeds are asked about the same images, whose choice their mean does not average out.
+        images = mean(high - low for low, high in ends) / 2
+        seeds = float(stats.t.ppf(HALF, len(ends) - 1)) * self.spread / math.sqrt(len(ends))
+        half = math.hypot(images, seeds)
+        low, high = self.value - half, self.value + half
+        return (max(low, 0.0), min(high, 100.0)) if self.row["unit"] == "percent" else (low, high)
+
+    @property
+    def difference(self) -> float:
+        """Ours less the paper's, in points of percent or in the paper's unit."""
+        return self.value - self.printed
+
+    @property
+    def inside(self) -> bool | None:
+        """Whether the paper's number lies in our interval; None without one, or where the number is impossible."""
+        if not self.filled or self.interval is None or self.row["flag"] == "impossible":
+            return None
+        digits = 10.0 ** -_decimals(self.row["printed"]) / 2  # what rounding may have moved it by
+        low, high = self.interval
+        return low - digits <= self.printed <= high + digits
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Of this kind of number."""
+        return self.row["metric"] in published.LOWER_IS_BETTER or self.deviation
+
+    def command(self, seeds: Sequence[int]) -> str:
+        """What fills the cell."""
+        told = ",".join(map(str, seeds))
+        where = f"--suite {self.suite} --budget {self.budget} --seeds {told}"
+        return f"bench run --defense {self.spec} {where} --only {self.answer.eval}"
+
+
+def _of_deviation(deviation: float, count: int) -> tuple[float, float]:
+    low, high = (float(stats.chi2.ppf(share, count - 1)) for share in (HALF, 1 - HALF))
+    return deviation * math.sqrt((count - 1) / low), deviation * math.sqrt((count - 1) / high)
+
+
+def _decimals(printed: str) -> int:
+    return len(str(printed).partition(".")[2])

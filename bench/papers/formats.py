@@ -1,0 +1,236 @@
+"""Tables of papers as text, Markdown, LaTeX (booktabs), HTML, CSV and JSON; the last two carry raw numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from html import escape
+from itertools import groupby
+from typing import Any
+
+from bench.papers import words
+from bench.papers.cells import Cell, Number, number
+from bench.papers.join import Label, PaperTable, Where
+from bench.papers.layout import CELL
+from bench.tables import FORMATS, HOLE, latex
+
+Change = Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a format writes a struck-out number, a bold one, and marks of remarks; ``plain`` protects any other text."""
+
+    strike: Change
+    bold: Change
+    mark: Change
+    plain: Change
+
+
+def _ruled(text: str) -> str:
+    """A line through a short text by plain LaTeX, without a package."""
+    return rf"\rlap{{\rule[0.6ex]{{{0.5 * len(text) + 0.1:.1f}em}}{{0.5pt}}}}{latex(text)}"
+
+
+STYLES = {
+    "text": Style("~~{}~~".format, "**{}**".format, " ({})".format, str),
+    "md": Style("~~{}~~".format, "**{}**".format, "<sup>{}</sup>".format, lambda text: text.replace("|", r"\|")),
+    "latex": Style(_ruled, lambda text: rf"\textbf{{{latex(text)}}}", r"\textsuperscript{{{}}}".format, latex),
+    "html": Style(
+        lambda text: f"<s>{escape(text)}</s>",
+        lambda text: f"<b>{escape(text)}</b>",
+        lambda text: f"<sup>{escape(text)}</sup>",
+        escape,
+    ),
+}
+
+
+def render(table: PaperTable, fmt: str = "text") -> str:
+    """A table of a paper in a format of :data:`bench.tables.FORMATS`.
+
+    Raises:
+        ValueError: for another format.
+    """
+    if fmt not in FORMATS:
+        raise ValueError(f"unknown format {fmt!r}; known are {', '.join(FORMATS)}")
+    if fmt == "json":
+        return json.dumps(tidy(table), indent=1, allow_nan=False)
+    if fmt == "csv":
+        import pandas as pd
+
+        return pd.DataFrame(tidy(table)).to_csv(index=False).strip()
+    return {"text": _text, "md": _markdown, "latex": _latex, "html": _html}[fmt](table)
+
+
+def _text(table: PaperTable) -> str:
+    from tabulate import tabulate
+
+    grid = tabulate(_body(table, STYLES["text"]), _heads(table, STYLES["text"]), "simple", disable_numparse=True)
+    parts = [table.layout.title, str(grid), words.caption(table)]
+    parts += ["\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in words.lists(table)]
+    return "\n\n".join(parts)
+
+
+def _markdown(table: PaperTable) -> str:
+    from tabulate import tabulate
+
+    grid = tabulate(_body(table, STYLES["md"]), _heads(table, STYLES["md"]), "github", disable_numparse=True)
+    parts = [f"### {table.layout.title}", str(grid), words.caption(table)]
+    for title, lines in words.lists(table):
+        shown = [f"- `{line}`" if line.startswith("bench ") else f"- {line}" for line in lines]
+        parts.append("\n".join([title, "", *shown]))
+    return "\n\n".join(parts)
+
+
+def _latex(table: PaperTable) -> str:
+    """A float for each value of the first label, so that it fits on a page, and the sentences as text behind them."""
+    names = table.layout.rows
+    lines = []
+    for first, rows in groupby(table.rows, key=lambda row: row[0]):
+        told = f" ({words.shown(table.layout, names[0], first, alone=False)})" if len(names) > 1 else ""
+        title = latex(f"{table.layout.title}{told}. {words.caption(table)}")
+        body = _body(replace(table, cells=_of_rows(table, list(rows))), STYLES["latex"], words.remarks(table)[0])
+        lines += [r"\begin{table}[p]", r"\centering", r"\scriptsize", r"\setlength{\tabcolsep}{3pt}", rf"\caption{{{title}}}"]
+        lines += [rf"\begin{{tabular}}{{{'l' * (len(names) + 1)}{'r' * len(table.columns)}}}", r"\toprule"]
+        lines += [" & ".join(_heads(table, STYLES["latex"])) + r" \\", r"\midrule"]
+        lines += [*(" & ".join(row) + r" \\" for row in body), r"\bottomrule", r"\end{tabular}", r"\end{table}"]
+    lines += [r"\begingroup\scriptsize\raggedright"]
+    for title, items in words.lists(table):
+        lines += [rf"\par\smallskip {latex(title)}", r"\begin{itemize}", *(rf"\item {{}}{latex(item)}" for item in items)]
+        lines += [r"\end{itemize}"]
+    return "\n".join([*lines, r"\par\endgroup"])
+
+
+def _of_rows(table: PaperTable, rows: list[Label]) -> dict[Where, Cell]:
+    return {where: cell for where, cell in table.cells.items() if where[0] in rows}
+
+
+def _html(table: PaperTable) -> str:
+    style = STYLES["html"]
+    lines = ["<table>", f"<caption>{escape(table.layout.title)}</caption>"]
+    lines.append("<thead><tr>" + "".join(f"<th>{head}</th>" for head in _heads(table, style)) + "</tr></thead>")
+    lines.append("<tbody>")
+    lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in _body(table, style)]
+    lines += ["</tbody>", "</table>", f"<p>{escape(words.caption(table))}</p>"]
+    for title, items in words.lists(table):
+        listed = "".join(f"<li>{escape(item)}</li>" for item in items)
+        lines.append(f"<p>{escape(title)}</p><ul>{listed}</ul>")
+    return "\n".join(lines)
+
+
+def _heads(table: PaperTable, style: Style) -> list[str]:
+    return [style.plain(text) for text in (*table.layout.rows, "", *words.headings(table))]
+
+
+def _body(table: PaperTable, style: Style, marks: dict[int, list[str]] | None = None) -> list[list[str]]:
+    """Four lines for every row of the paper, and one more where other numbers are told beside ours."""
+    marks, lines = marks or words.remarks(table)[0], []
+    for row in table.rows:
+        cells = [table.cells.get((row, column)) for column in table.columns]
+        labels = [style.plain(text) for text in words.row_words(table, row)]
+        lines.append([*labels, "paper", *(_printed(cell, marks, style) for cell in cells)])
+        more: dict[str, list[str]] = {"ours": [_ours(cell, style) for cell in cells]}
+        if any(cell and cell.filled for cell in cells):
+            more["95 %"] = [style.plain(_interval(cell)) for cell in cells]
+            more["difference"] = [style.plain(_difference(cell)) for cell in cells]
+            for name in dict.fromkeys(one.words for cell in cells if cell for one in cell.answer.beside):
+                more[name] = [style.plain(_beside(cell, name)) for cell in cells]
+        blank = [""] * len(labels)
+        lines += [[*blank, style.plain(name), *texts] for name, texts in more.items() if any(texts)]
+    return lines
+
+
+def _printed(cell: Cell | None, marks: dict[int, list[str]], style: Style) -> str:
+    if cell is None:
+        return ""
+    text, own = str(cell.row["printed"]), marks[id(cell)]
+    impossible = cell.row["flag"] == "impossible"
+    if not impossible and cell.row["std"] != "" and not cell.deviation:
+        text += f" ± {cell.row['printed_std']}"
+    return (style.strike(text) if impossible else style.plain(text)) + (style.mark(",".join(own)) if own else "")
+
+
+def _ours(cell: Cell | None, style: Style) -> str:
+    if cell is None or not cell.filled:
+        return style.plain(HOLE if cell else "")
+    text = _short(cell, cell.value)
+    if cell.spread is not None:
+        text += f" ± {_short(cell, cell.spread)} ({len(cell.ours)})"
+    return style.bold(text) if cell.best else style.plain(text)
+
+
+def _interval(cell: Cell | None) -> str:
+    if cell is None or not cell.filled or cell.interval is None:
+        return ""
+    return f"{_short(cell, cell.interval[0])} to {_short(cell, cell.interval[1])}"
+
+
+def _difference(cell: Cell | None) -> str:
+    if cell is None or not cell.filled or cell.row["flag"] == "impossible":
+        return ""
+    if not _percent(cell):
+        return f"x {cell.value / cell.printed:.2g}" if cell.printed else ""
+    return f"{cell.difference:+.1f}" + (" out" if cell.inside is False else "")
+
+
+def _beside(cell: Cell | None, name: str) -> str:
+    if cell is None or not cell.filled:
+        return ""
+    return ", ".join(_short(cell, one.value) for one in _other(cell, name))
+
+
+def _other(cell: Cell, name: str) -> list[Number]:
+    """Another number of each record behind a cell."""
+    found = [number(record, one, cell.row) for one in cell.answer.beside if one.words == name for record in cell.records]
+    return [one for one in found if one is not None]
+
+
+def _percent(cell: Cell) -> bool:
+    return str(cell.row["unit"]).startswith("percent")
+
+
+def _short(cell: Cell, value: float) -> str:
+    return f"{value:.1f}" if _percent(cell) else f"{value:.3g}"
+
+
+def tidy(table: PaperTable) -> list[dict[str, Any]]:
+    """Every cell with all facts, a row each; None where there is nothing."""
+    return [_facts(table, row, column, cell) for (row, column), cell in table.cells.items()]
+
+
+def _facts(table: PaperTable, row: Label, column: Label, cell: Cell) -> dict[str, Any]:
+    interval = cell.interval if cell.filled else None
+    return {
+        "table": table.layout.name,
+        "row": ", ".join(words.row_words(table, row)),
+        "column": words.headings(table)[table.columns.index(column)],
+        **{name: None if cell.row[name] == "" else cell.row[name] for name in CELL},
+        "printed": cell.row["printed"],
+        "published": cell.printed,
+        "published_deviation": None if cell.row["std"] == "" else cell.row["std"],
+        "unit": cell.row["unit"],
+        "flag": cell.row["flag"] or None,
+        "remark": cell.row["remark"] or None,
+        "note": cell.row["note"] or None,
+        "suite": cell.suite,
+        "suite_version": cell.records[0].suite["version"] if cell.records else None,
+        "budget": cell.budget,
+        "variant": cell.label,
+        "evaluation": cell.answer.eval,
+        "number": cell.answer.metric,
+        "seeds": " ".join(str(record.seed) for record in cell.records),
+        "n": cell.ours[0].n if cell.ours else None,
+        "data": ", ".join(sorted({record.hashes.get("data", "unknown") for record in cell.records})) or None,
+        "ours": cell.value if cell.filled else None,
+        "deviation": cell.spread if cell.filled else None,
+        "lower": interval[0] if interval else None,
+        "upper": interval[1] if interval else None,
+        "difference": cell.difference if cell.filled else None,
+        "published_inside": cell.inside,
+        "best": cell.best,
+        "status": cell.status or None,
+        **{one.words: ", ".join(f"{own.value:.6g}" for own in _other(cell, one.words)) or None for one in cell.answer.beside},
+        "hole": cell.why or None,
+        "command": None if cell.filled else cell.command(table.seeds),
+    }

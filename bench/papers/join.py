@@ -1,0 +1,185 @@
+"""Joins a layout, the published numbers and stored records: one budget, one suite a data set, holes where nothing is."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from bench.diagnose import certifies, diagnose, place
+from bench.papers.best import marked
+from bench.papers.cells import Cell, number
+from bench.papers.layout import Layout, facts, variant
+from bench.store import Record, Store
+from bench.suites import BUDGETS, Suite, load_suite, unknown
+
+Label = tuple[Hashable, ...]
+"""Values of the columns of published numbers that make a row, or a column."""
+
+Where = tuple[Label, Label]
+"""Row and column of a cell."""
+
+Key = tuple[str, str, str, str]
+"""Suite, budget, variant and evaluation."""
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """A table of a paper beside our records.
+
+    Attributes:
+        layout: what it is.
+        budget: whose records it shows.
+        cells: (row, column) -> cell; a place without one is empty in print, too.
+        left_out: records that were not used, in words.
+    """
+
+    layout: Layout
+    budget: str
+    cells: Mapping[Where, Cell]
+    left_out: tuple[str, ...]
+
+    @property
+    def rows(self) -> list[Label]:
+        """In the order of the print."""
+        return list(dict.fromkeys(row for row, _ in self.cells))
+
+    @property
+    def columns(self) -> list[Label]:
+        """In the order of the print."""
+        return list(dict.fromkeys(column for _, column in self.cells))
+
+    @property
+    def filled(self) -> int:
+        """Cells with a number of ours."""
+        return sum(cell.filled for cell in self.cells.values())
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Training seeds of missing cells: the protocol's at the published size, else one, or three for a deviation."""
+        if self.budget == "paper":
+            return self.layout.seeds
+        return self.layout.seeds[: 3 if any(cell.deviation for cell in self.cells.values()) else 1]
+
+
+@cache
+def suite(name: str, budget: str) -> Suite:
+    """A suite, read once."""
+    return load_suite(name, budget)
+
+
+class Shelf:
+    """The records of a store that tables may show, by what they answer."""
+
+    def __init__(self, store: Store, suites: Iterable[str]) -> None:
+        self.store = store
+        self.found: dict[Key, dict[int, Record]] = {}
+        for name in dict.fromkeys(suites):
+            for record in store.records(name):
+                key = (name, record.suite["budget"], record.defense["variant"], record.eval["name"])
+                self.found.setdefault(key, {})[record.seed] = record
+
+    def answering(self, key: Key) -> tuple[list[Record], list[str]]:
+        """Finished records of the suite as it is now, by seed, that were asked the same; and why others are left out."""
+        every = [record for _, record in sorted(self.found.get(key, {}).items()) if record.status == "success"]
+        version = suite(key[0], key[1]).version if key[1] in BUDGETS else None
+        now = [record for record in every if record.suite["version"] == version]
+        same = [record for record in now if _asked(record) == _asked(now[0])]
+        notes = (
+            [f"{'/'.join(key)}: {len(every) - len(now)} records of another version of the suite"]
+            if len(now) < len(every)
+            else []
+        )
+        notes += (
+            [f"{'/'.join(key)}: {len(now) - len(same)} seeds that were asked otherwise than the first"]
+            if len(same) < len(now)
+            else []
+        )
+        return same, notes
+
+    def instead(self, key: Key) -> str:
+        """What there is in place of a finished record, in words; "" if there is nothing."""
+        states = {record.status: record for _, record in sorted(self.found.get(key, {}).items(), reverse=True)}
+        for status, words in (("skipped", "makes no sense here"), ("error", "failed"), ("running", "not finished")):
+            if status in states:
+                text = (states[status].error or "").strip().splitlines()
+                return f"{words}: {text[-1]}" if text else words
+        return ""
+
+
+def _asked(record: Record) -> tuple[Any, ...]:
+    """What seeds of a mean must share."""
+    return record.eval["fields"], record.task, record.hashes.get("images"), record.hashes.get("data")
+
+
+def join(layout: Layout, store: Store, budget: str | None = None) -> PaperTable:
+    """A table at a budget; by default the largest for which there is a record.
+
+    Raises:
+        ValueError: for an unknown budget.
+    """
+    if budget is not None and budget not in BUDGETS:
+        raise ValueError(f"budget: {unknown(budget, BUDGETS)}")
+    shelf = Shelf(store, (name for names in layout.suites.values() for name in names))
+    for one in [budget] if budget else [*reversed(BUDGETS), "quick"]:
+        table = _at(layout, shelf, one)
+        if table.filled or budget:
+            break
+    return _reviewed(table, store, shelf)
+
+
+def _at(layout: Layout, shelf: Shelf, budget: str) -> PaperTable:
+    rows, left_out = layout.cells(), []
+    chosen = {data: _suite(layout, shelf, budget, [row for row in rows if row["dataset"] == data]) for data in layout.suites}
+    cells: dict[Where, Cell] = {}
+    for row in rows:
+        cell = _cell(layout, chosen[row["dataset"]], budget, row)
+        key = _key(cell)
+        records, notes = shelf.answering(key)
+        left_out += notes
+        pairs = [(record, found) for record in records if (found := number(record, cell.answer, row)) is not None]
+        why = "" if pairs else "its record has no such number" if records else shelf.instead(key)
+        where = (tuple(row[name] for name in layout.rows), tuple(row[name] for name in layout.columns))
+        cells[where] = replace(cell, records=tuple(own for own, _ in pairs), ours=tuple(own for _, own in pairs), why=why)
+    return PaperTable(layout, budget, cells, tuple(dict.fromkeys(left_out)))
+
+
+def _suite(layout: Layout, shelf: Shelf, budget: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The first suite with a record for a data set's cells, else the paper's protocol."""
+    names = layout.suites[rows[0]["dataset"]] if rows else ("",)
+    for name in names:
+        if any(shelf.answering(_key(_cell(layout, name, budget, row)))[0] for row in rows):
+            return name
+    return names[0]
+
+
+def _cell(layout: Layout, suite_name: str, budget: str, row: Mapping[str, Any]) -> Cell:
+    spec, _ = layout.variant(row)
+    return Cell(row, layout.answer(row), suite_name, budget, spec, variant(spec).label, layout.deviation)
+
+
+def _key(cell: Cell) -> Key:
+    return cell.suite, cell.budget, cell.label, cell.answer.eval
+
+
+def _reviewed(table: PaperTable, store: Store, shelf: Shelf) -> PaperTable:
+    """With the status of every cell's records, and the best ones marked."""
+    shown = {(cell.suite, cell.budget, cell.label) for cell in table.cells.values() if cell.ours}
+    about = [record for key, seeds in shelf.found.items() if key[:3] in shown for record in seeds.values()]
+    known = {own.place: own for own in diagnose(store, about)}
+    words: dict[int, str] = {}
+    for cell in table.cells.values():
+        for record in cell.records:
+            own = known[place(record)]
+            words[id(record)] = (own.certificates if certifies(record) else own.attacks).status
+    cells = {
+        where: replace(cell, status=", ".join(dict.fromkeys(words[id(record)] for record in cell.records)))
+        for where, cell in table.cells.items()
+    }
+    groups: dict[Label, dict[Where, Cell]] = {}
+    for where, cell in cells.items():
+        asked = (cell.suite, cell.answer.eval, cell.answer.metric, *sorted(facts(cell.answer.facts, cell.row).items()))
+        groups.setdefault((*(cell.row[name] for name in table.layout.block), *asked), {})[where] = cell
+    best = marked(store, list(groups.values()))
+    return replace(table, cells={where: best[where] for where in cells})

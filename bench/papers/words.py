@@ -1,0 +1,225 @@
+"""What a table of a paper says besides its numbers: names, caption, remarks on single cells, statuses, commands for holes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable
+from typing import Any
+
+from bench import published
+from bench.papers.cells import Cell
+from bench.papers.join import Label, PaperTable, suite
+from bench.papers.layout import Layout
+
+WORDS: dict[str, dict[str, str]] = {
+    "dataset": {
+        "mnist": "MNIST",
+        "fashion_mnist": "Fashion-MNIST",
+        "cifar10": "CIFAR-10",
+        "cifar100": "CIFAR-100",
+        "tiny_imagenet": "Tiny ImageNet",
+        "imagenet": "ImageNet",
+    },
+    "defense": {
+        "randsmooth": "RandSmooth",
+        "sween": "SWEEN",
+        "cear_rw": "CEAR(RW)",
+        "cear_gm": "CEAR(GM)",
+        "cear_minus_rw": "CEAR-minus(RW)",
+        "cear_minus_gm": "CEAR-minus(GM)",
+        "naive": "Naive",
+        "adp": "ADP",
+        "gal": "GAL",
+        "dverge": "DVERGE",
+        "smd": "SMD",
+        "smd_plus": "SMD+",
+        "deg": "DEG",
+        "pdd": "PDD",
+        "edlcm": "EDLCM",
+        "edlcm_lg": "only L_g",
+        "edlcm_lr": "only L_r",
+        "nt": "NT",
+        "kap": "KAP",
+        "at_es": "AT-ES",
+        "trades": "TRADES",
+        "fast_at": "Fast AT",
+    },
+    "attack": {
+        "": "clean",
+        "fgsm": "FGSM",
+        "r_fgsm": "R-FGSM",
+        "pgd": "PGD",
+        "bim": "BIM",
+        "mim": "MIM",
+        "apgd": "APGD",
+        "square": "Square",
+        "autoattack": "AutoAttack",
+    },
+    "norm": {"linf": "l_inf", "l2": "l2"},
+    "metric": {
+        "epoch_seconds": "seconds an epoch",
+        "runtime_seconds": "seconds",
+        "inference_ms": "milliseconds a batch",
+        "clean_accuracy": "clean accuracy",
+        "attack_success_rate": "attack success",
+    },
+}
+"""How values of published columns are shown, unless a layout says otherwise."""
+
+CONVENTIONS = (
+    "paper: as printed; ours: mean over training seeds, ± their deviation (number of seeds) where there are several",
+    "95 %: interval of ours, over images (of several seeds: over images and seeds together)",
+    "difference: ours - paper, in points; out: the paper's number lies outside our interval; of times: x ours / paper",
+    "accuracies and rates are in percent of all images unless said otherwise",
+    "bold: the best of ours that answer the same question, different from every other on the same images (McNemar's exact test "
+    "for one seed, else sign flips; p <= 0.05 after Holm's correction for the others); without stored rows nothing is",
+    "struck out: cannot be true; small letters: remarks below",
+)
+"""How to read a table."""
+
+
+def shown(layout: Layout, column: str, value: Hashable, alone: bool = True) -> str:
+    """A value of a published column as text; with the column's name where it does not stand under it."""
+    names = {**WORDS.get(column, {}), **layout.words.get(column, {})}
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    if text in names:
+        return names[text]
+    return text if alone or not text else f"{column} {text}"
+
+
+def headings(table: PaperTable) -> list[str]:
+    """Of the columns that hold numbers."""
+    names = table.layout.columns
+    return [
+        ", ".join(filter(None, (shown(table.layout, *pair, alone=False) for pair in zip(names, label, strict=True))))
+        for label in table.columns
+    ]
+
+
+def row_words(table: PaperTable, row: Label) -> list[str]:
+    """The labels before a row."""
+    return [shown(table.layout, name, value) or "–" for name, value in zip(table.layout.rows, row, strict=True)]
+
+
+def remarks(table: PaperTable) -> tuple[dict[int, list[str]], list[str], list[str]]:
+    """Remarks on published numbers: the marks of each cell, by its id; what they mean, in order; and notes without marks, which
+    most numbers share."""
+    cells = list(table.cells.values())
+    why = {id(cell): _parts(cell.row["remark"]) for cell in cells}
+    notes = {id(cell): _parts(cell.row["note"]) for cell in cells}
+    often = Counter(part for own in notes.values() for part in own)
+    common = [part for part, times in often.items() if times > SHARED * len(cells)]
+    every = {key: [part for part in (*why[key], *notes[key]) if part not in common] for key in why}
+    flags = {part: str(cell.row["flag"]) for cell in reversed(cells) for part in why[id(cell)]}
+    order = list(dict.fromkeys(part for own in every.values() for part in own))
+    marks = {part: _letters(number) for number, part in enumerate(order)}
+    told = [f"{marks[part]}: " + (f"{flags[part]}: " if part in flags else "") + part for part in order]
+    return {key: [marks[part] for part in own] for key, own in every.items()}, told, common
+
+
+SHARED = 0.3
+"""Share of a table's numbers above which a note is told once, without marks."""
+
+
+def _parts(text: str) -> list[str]:
+    return [part for part in text.split("; ") if part]
+
+
+def _letters(number: int) -> str:
+    """a, b, ..., z, aa, ab, ..."""
+    text = ""
+    number += 1
+    while number:
+        number, rest = divmod(number - 1, 26)
+        text = chr(ord("a") + rest) + text
+    return text
+
+
+def lists(table: PaperTable) -> list[tuple[str, list[str]]]:
+    """Everything that a reader needs to trust or doubt a number: titles, each with its sentences."""
+    layout, cells = table.layout, list(table.cells.values())
+    marks, common = remarks(table)[1:]
+    used = [cell for cell in cells if cell.ours]
+    runs = _unique(layout.variant(cell.row)[1].remark for cell in cells)
+    found = [
+        ("How to read it:", list(CONVENTIONS)),
+        ("Ours:", [_suite(table, name) for name in dict.fromkeys(cell.suite for cell in cells)]),
+        ("Status (bench diagnose RUNS/SUITE says why):", _statuses(used)),
+        ("Protocol:", [*runs, *_unique(cell.answer.remark for cell in cells), *table.left_out]),
+        ("About the paper's numbers:", [*layout.remarks, *(f"of most: {note}" for note in common)]),
+        ("Remarks:", marks),
+        ("No number although there is a record:", _holes(table)),
+        ("– is filled by:", _commands(table)),
+    ]
+    return [(title, lines) for title, lines in found if lines]
+
+
+def caption(table: PaperTable) -> str:
+    """What a table is, in two sentences."""
+    layout = table.layout
+    paper, size = (
+        published.PAPERS[layout.cells()[0]["paper"]],
+        "published size" if table.budget == "paper" else "reduced budget",
+    )
+    filled = f"Budget {table.budget} ({size}): {table.filled} of {len(table.cells)} cells filled."
+    return f'{layout.caption}. Published numbers are those of "{paper}", ours those of stored records. {filled}'
+
+
+def _unique(texts: Any) -> list[str]:
+    return [text for text in dict.fromkeys(texts) if text]
+
+
+def _suite(table: PaperTable, name: str) -> str:
+    """A suite at the table's budget, and what of the published size that leaves."""
+    now, full = suite(name, table.budget), suite(name, "paper")
+    cells = [cell for cell in table.cells.values() if cell.suite == name]
+    data = sorted({record.hashes.get("data", "unknown data") for cell in cells for record in cell.records})
+    sizes = sorted({(record.eval["name"], record.eval["fields"]["images"]) for cell in cells for record in cell.records})
+    size = "published size" if table.budget == "paper" else "reduced budget"
+    reduced = []
+    for words, here, there in (
+        ("network", now.architecture, full.architecture),
+        ("epochs", now.recipe["epochs"], full.recipe["epochs"]),
+        ("training images", now.train_images or "all", full.train_images or "all"),
+    ):
+        reduced.append(f"{words} {here}" + (f" instead of {there}" if here != there else ""))
+    text = f"suite {name} version {now.version}, budget {table.budget} ({size}): {', '.join(reduced)}"
+    if not sizes:
+        return f"{text}; no records"
+    return f"{text}; data: {', '.join(data)}; images: {', '.join(f'{evaluation} {count}' for evaluation, count in sizes)}"
+
+
+def _statuses(cells: list[Cell]) -> list[str]:
+    """What may be believed of whose numbers."""
+    whose: dict[tuple[str, str], list[str]] = {}
+    for cell in cells:
+        whose.setdefault((cell.status, cell.suite), []).append(cell.label)
+    return [f"{status} in {name}: {', '.join(dict.fromkeys(labels))}" for (status, name), labels in sorted(whose.items())]
+
+
+def _commands(table: PaperTable) -> list[str]:
+    """What fills the holes: everything at once, and each suite's evaluations apart."""
+    holes = [cell for cell in table.cells.values() if not cell.filled and not cell.why.startswith("makes no sense")]
+    if not holes:
+        return []
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for cell in holes:
+        grouped.setdefault((cell.suite, cell.spec), []).append(cell.answer.eval)
+    together: dict[tuple[str, str], list[str]] = {}
+    for (suite_name, spec), evals in grouped.items():
+        together.setdefault((suite_name, ",".join(dict.fromkeys(evals))), []).append(spec)
+    seeds = ",".join(map(str, table.seeds))
+    apart = [
+        f"bench run --defense {','.join(specs)} --suite {name} --budget {table.budget} --seeds {seeds} --only {evals}"
+        for (name, evals), specs in together.items()
+    ]
+    return [f"bench reproduce {table.layout.name} --budget {table.budget}", *apart]
+
+
+def _holes(table: PaperTable) -> list[str]:
+    """Why cells are empty although there is a record."""
+    why: dict[str, list[str]] = {}
+    for cell in table.cells.values():
+        if cell.why:
+            why.setdefault(cell.why, []).append(f"{cell.label} {cell.answer.eval}")
+    return [f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in why.items()]
