@@ -73,6 +73,33 @@ def run(  # noqa: PLR0913, PLR0917 (every option of the contract)
 
 
 @app.command()
+def reproduce(  # noqa: PLR0913, PLR0917 (every option of the contract)
+    table: Annotated[str, typer.Argument(help="a table of a paper, e.g. cear_table1 (bench list tables)")],
+    budget: Annotated[str, typer.Option(help="smoke, quick or paper")] = "quick",
+    seeds: Annotated[str, typer.Option(help="training seeds, e.g. 0,1,2; default: the table's")] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1")] = "auto",
+    data: Data = None,
+    runs: Runs = Path("runs"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan alone")] = False,
+) -> None:
+    """Run whatever is missing for a table of a paper, and print it; the plan comes first."""
+    from bench import environment, show
+    from bench.papers.layout import load
+    from bench.papers.reproduce import Wish
+    from bench.progress import Progress
+
+    environment.one_thread()
+    wish = Wish(budget=budget, seeds=options.seeds(seeds) if seeds else (), device=device, data=data, runs=runs)
+    try:
+        well = show.reproduced(load(table), wish, Progress(sys.stderr), dry_run)
+    except KeyboardInterrupt:
+        print("\ninterrupted; everything finished is kept, the same command goes on from here", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    if not well:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
 def merge(
     folders: Annotated[list[Path], typer.Argument(help="run folders of other shards")],
     runs: Runs = Path("runs"),

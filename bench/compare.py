@@ -90,8 +90,8 @@ def _of_evaluation(store: Store, evaluation: str, pairs: Sequence[tuple[Record, 
 
 
 def same_question(first: Record, second: Record) -> bool:
-    """Whether two records were asked the same about the same images."""
-    asked = [{**record.eval["fields"], "images": record.hashes.get("images")} for record in (first, second)]
+    """Whether two records were asked the same about the same images, by the same version of their suite."""
+    asked = [(record.suite, record.eval["fields"], record.hashes.get("images")) for record in (first, second)]
     return asked[0] == asked[1]
 
 
@@ -142,7 +142,29 @@ def table(rows: Sequence[Difference], first: str, second: str, fmt: str = "text"
         f"{first} is",
     ]
     grid = str(tabulate(lines, headings, tablefmt={"text": "simple", "md": "github"}[fmt], disable_numparse=True))
-    return f"{grid}\n\n{CAPTION}"
+    return f"{grid}\n\n{summary(rows, first, second)}\n\n{CAPTION}"
+
+
+def summary(rows: Sequence[Difference], first: str, second: str) -> str:
+    """The comparison in a sentence."""
+    shown = {verdict: [row for row in rows if row.verdict == verdict] for verdict in ("higher", "lower")}
+    parts = [f"{verdict} than {second} in {_largest(found)}" for verdict, found in shown.items() if found]
+    rest = len(rows) - sum(map(len, shown.values()))
+    if not parts:
+        return f"Of {len(rows)} numbers none shows a difference between {first} and {second} beyond chance."
+    return f"Beyond chance {first} is {', and '.join(parts)}" + (
+        f"; {rest} of {len(rows)} numbers show no difference." if rest else "."
+    )
+
+
+def _largest(found: Sequence[Difference]) -> str:
+    """How many numbers differ, and the one of them that differs most for its interval."""
+    most = max(found, key=lambda row: abs(row.difference) / max(row.upper - row.lower, 1e-12))
+    percent = "accuracy" in most.number
+    ends = [_short(value, percent) for value in (most.difference, most.lower, most.upper)]
+    points = " points" if percent else ""
+    clearest = f"{most.evaluation}: {most.number}, by {ends[0]}{points}, 95 % interval {ends[1]} to {ends[2]}"
+    return f"{len(found)} number{'s' if len(found) > 1 else ''} ({'most clearly in ' if len(found) > 1 else ''}{clearest})"
 
 
 FORMATS = ("text", "md", "csv", "json")

@@ -16,20 +16,29 @@ if TYPE_CHECKING:
 
 
 def table(
-    name: Annotated[str, typer.Argument(help="summary")],
-    suite: Annotated[str | None, typer.Option("--suite", help="only this suite")] = None,
+    name: Annotated[str, typer.Argument(help="summary, or a table of a paper, e.g. cear_table1 (bench list tables)")],
+    suite: Annotated[str | None, typer.Option("--suite", help="of the summary only this suite")] = None,
+    budget: Annotated[str | None, typer.Option(help="of a paper's table; default: the largest that has records")] = None,
     format_: Annotated[str, typer.Option("--format", help="text, md, latex, csv, json or html")] = "text",
     runs: Runs = Path("runs"),
 ) -> None:
-    """Print a table of stored records."""
+    """Print a table of stored records, or a paper's beside them."""
     from bench import tables
-    from bench.suites import unknown
 
-    if name != "summary":
-        raise ValueError(f"table: {unknown(name, ['summary'])}")
     options.check_format(format_, tables.FORMATS)
-    store = _filled(runs)
-    print(tables.render_all(tables.summaries(store, suite), format_))
+    if name == "summary":
+        if budget is not None:
+            raise ValueError("--budget: the summary shows every budget in tables of their own; give it with a paper's table")
+        store = _filled(runs)
+        print(tables.render_all(tables.summaries(store, suite), format_))
+    else:
+        from bench.papers import formats, join, layout
+        from bench.store import Store
+
+        if suite is not None:
+            raise ValueError(f"--suite: the table of a paper names its suites; give it with summary, got {name}")
+        store = Store(runs)
+        print(formats.render(join.join(layout.load(name), store, budget), format_))
     for problem in store.problems:
         print(problem, file=sys.stderr)
 

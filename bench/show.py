@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
 from bench.store import Record, Store
+
+if TYPE_CHECKING:
+    from bench.papers.layout import Layout
+    from bench.papers.reproduce import Wish
+    from bench.progress import Progress
 
 
 def finished(root: Path, suite: str, records: list[Record]) -> None:
@@ -47,7 +53,7 @@ def listing(what: str) -> None:
         "defenses": lambda: {name: _first_line(defense) for name, (defense, _) in registered(warnings).items()},
         "attacks": lambda: {name: _first_line(attack) for name, attack in ATTACKS.items()},
         "suites": lambda: {name: load_suite(name).description for name in available()},
-        "tables": lambda: {"summary": f"every number of a suite; formats {', '.join(tables.FORMATS)}"},
+        "tables": lambda: {"summary": f"every number of a suite; formats {', '.join(tables.FORMATS)}", **_papers(Path("runs"))},
         "datasets": lambda: {name: f"{facts.classes} classes, {facts.shape}" for name, facts in DATASETS.items()},
     }
     if what.endswith(".py"):
@@ -60,6 +66,33 @@ def listing(what: str) -> None:
             print(f"  {name:24}{text}")
     for warning in warnings:
         print(warning, file=sys.stderr)
+
+
+def _papers(runs: Path) -> dict[str, str]:
+    """The tables of papers, and how many of their cells a run folder fills."""
+    from bench.papers.join import filled
+    from bench.papers.layout import available, load
+
+    found = {}
+    for name in available():
+        layout = load(name)
+        budget, count, cells = filled(layout, Store(runs))
+        found[name] = f"{layout.title} ({count} of {cells} cells in ./{runs}{f', budget {budget}' if count else ''})"
+    return found
+
+
+def reproduced(layout: Layout, wish: Wish, progress: Progress, dry_run: bool) -> bool:
+    """Print a table's plan, run what is missing unless ``dry_run``, and print the table; whether everything could be done."""
+    from bench.papers import formats, join, reproduce
+
+    steps = reproduce.prepare(layout, wish, progress)
+    for line in reproduce.plan(layout, wish, steps):
+        print(line, flush=True)
+    if dry_run:
+        return True
+    records = reproduce.execute(steps)
+    print("\n" + formats.render(join.join(layout, Store(wish.runs), wish.budget)))
+    return all(step.run for step in steps) and all(record.status != "error" for record in records)
 
 
 def _first_line(thing: object) -> str:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from bench import cli
-from bench.compare import Difference, compare, table
+from bench.compare import Difference, compare, summary, table
 from bench.metrics import holm, mcnemar, sign_flip
 from bench.runner import Request, Run
 from bench.store import Store
@@ -96,6 +96,25 @@ def test_what_adp_is_for_is_shown_on_the_same_images(store: Store) -> None:
     assert diversity.difference > 0 and diversity.n == 20
     assert of(rows, "diversity", "vulnerability diversity").n == 10
     assert replace(diversity, holm=0.01).verdict == "higher" and replace(diversity, holm=0.2).verdict == "no difference shown"
+
+
+def test_the_sentence_counts_what_differs_and_names_the_clearest() -> None:
+    def row(number: str, difference: float, holm: float) -> Difference:
+        ends = (difference - 0.01, difference + 0.01)
+        return Difference("pgd", number, 100, 1, 0.5, 0.5 - difference, difference, *ends, (difference,), holm, holm)
+
+    rows = [
+        row("accuracy at eps 0.1", 0.2, 0.001),
+        row("accuracy at eps 0.2", 0.3, 0.001),
+        row("accuracy at eps 0.3", 0.05, 0.5),
+    ]
+    assert summary(rows, "gal", "naive") == (
+        "Beyond chance gal is higher than naive in 2 numbers (most clearly in pgd: accuracy at eps 0.2, by 30.0 points, "
+        "95 % interval 29.0 to 31.0); 1 of 3 numbers show no difference."
+    )
+    lower = summary([row("ln ED", -0.2, 0.001)], "gal", "naive")
+    assert lower == "Beyond chance gal is lower than naive in 1 number (pgd: ln ED, by -0.2, 95 % interval -0.21 to -0.19)."
+    assert "none shows a difference" in summary(rows[2:], "gal", "naive")
 
 
 def test_a_defense_does_not_differ_from_itself(store: Store) -> None:

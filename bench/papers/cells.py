@@ -25,12 +25,19 @@ HALF = 0.5 + CONFIDENCE / 2
 
 @dataclass(frozen=True)
 class Number:
-    """One record's answer, in the unit of the published number; ``n`` images (epochs, for times of training)."""
+    """One record's answer, in the unit of the published number.
+
+    Attributes:
+        value, lower, upper: with its interval, if it has one.
+        n: images, or epochs of a time of training.
+        too_few: a certified accuracy that is 0 because the draws cannot prove the radius for any image.
+    """
 
     value: float
     lower: float | None
     upper: float | None
     n: int
+    too_few: bool = False
 
 
 def number(record: Record, wanted: Answer | Beside, row: Mapping[str, Any]) -> Number | None:
@@ -84,7 +91,7 @@ def _beyond(record: Record, wanted: Answer | Beside, asked: Mapping[str, Any]) -
     from defenses.estimators import ESTIMATORS, Question
 
     top = ESTIMATORS[fields["estimator"]].ceiling(Question(fields["sigma"], fields["alpha"], fields["n"]))
-    return Number(0.0, None, None, fields["images"]) if float(radius) > top else None
+    return Number(0.0, None, None, fields["images"], True) if float(radius) > top else None
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ def _printed(cell: Cell | None, marks: dict[int, list[str]], style: Style) -> st
 def _ours(cell: Cell | None, style: Style) -> str:
     if cell is None or not cell.filled:
         return style.plain(HOLE if cell else "")
-    text = _short(cell, cell.value)
+    text = "0 by n" if cell.ours[0].too_few else _short(cell, cell.value)
     if cell.spread is not None:
         text += f" ± {_short(cell, cell.spread)} ({len(cell.ours)})"
     return style.bold(text) if cell.best else style.plain(text)
@@ -167,7 +167,7 @@ def _interval(cell: Cell | None) -> str:
 
 
 def _difference(cell: Cell | None) -> str:
-    if cell is None or not cell.filled or cell.row["flag"] == "impossible":
+    if cell is None or not cell.filled or cell.row["flag"] == "impossible" or cell.ours[0].too_few:
         return ""
     if not _percent(cell):
         return f"x {cell.value / cell.printed:.2g}" if cell.printed else ""
@@ -191,20 +191,21 @@ def _percent(cell: Cell) -> bool:
 
 
 def _short(cell: Cell, value: float) -> str:
-    return f"{value:.1f}" if _percent(cell) else f"{value:.3g}"
+    return f"{value:.1f}" if _percent(cell) else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def tidy(table: PaperTable) -> list[dict[str, Any]]:
     """Every cell with all facts, a row each; None where there is nothing."""
-    return [_facts(table, row, column, cell) for (row, column), cell in table.cells.items()]
+    columns = dict(zip(table.columns, words.headings(table), strict=True))
+    return [_facts(table, row, columns[column], cell) for (row, column), cell in table.cells.items()]
 
 
-def _facts(table: PaperTable, row: Label, column: Label, cell: Cell) -> dict[str, Any]:
+def _facts(table: PaperTable, row: Label, heading: str, cell: Cell) -> dict[str, Any]:
     interval = cell.interval if cell.filled else None
     return {
         "table": table.layout.name,
         "row": ", ".join(words.row_words(table, row)),
-        "column": words.headings(table)[table.columns.index(column)],
+        "column": heading,
         **{name: None if cell.row[name] == "" else cell.row[name] for name in CELL},
         "printed": cell.row["printed"],
         "published": cell.printed,

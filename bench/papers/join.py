@@ -42,13 +42,13 @@ class PaperTable:
 
     @property
     def rows(self) -> list[Label]:
-        """In the order of the print."""
-        return list(dict.fromkeys(row for row, _ in self.cells))
+        """In the order of the print, label by label."""
+        return _ordered(row for row, _ in self.cells)
 
     @property
     def columns(self) -> list[Label]:
-        """In the order of the print."""
-        return list(dict.fromkeys(column for _, column in self.cells))
+        """In the order of the print, label by label."""
+        return _ordered(column for _, column in self.cells)
 
     @property
     def filled(self) -> int:
@@ -61,6 +61,13 @@ class PaperTable:
         if self.budget == "paper":
             return self.layout.seeds
         return self.layout.seeds[: 3 if any(cell.deviation for cell in self.cells.values()) else 1]
+
+
+def _ordered(labels: Iterable[Label]) -> list[Label]:
+    """Each label once, sorted by where the values of its columns came first."""
+    once = list(dict.fromkeys(labels))
+    ranks = [list(dict.fromkeys(values)) for values in zip(*once, strict=True)]
+    return sorted(once, key=lambda label: [rank.index(value) for rank, value in zip(ranks, label, strict=True)])
 
 
 @cache
@@ -119,21 +126,37 @@ def join(layout: Layout, store: Store, budget: str | None = None) -> PaperTable:
     Raises:
         ValueError: for an unknown budget.
     """
+    shelf = _shelf(layout, store)
+    return _reviewed(_chosen(layout, shelf, budget), store, shelf)
+
+
+def filled(layout: Layout, store: Store) -> tuple[str, int, int]:
+    """Of a table at the largest budget with records: the budget, its cells with a number, all cells."""
+    table = _chosen(layout, _shelf(layout, store), None)
+    return table.budget, table.filled, len(table.cells)
+
+
+def _shelf(layout: Layout, store: Store) -> Shelf:
+    return Shelf(store, (name for names in layout.suites.values() for name in names))
+
+
+def _chosen(layout: Layout, shelf: Shelf, budget: str | None) -> PaperTable:
     if budget is not None and budget not in BUDGETS:
         raise ValueError(f"budget: {unknown(budget, BUDGETS)}")
-    shelf = Shelf(store, (name for names in layout.suites.values() for name in names))
-    for one in [budget] if budget else [*reversed(BUDGETS), "quick"]:
+    for one in [budget] if budget else reversed(BUDGETS):
         table = _at(layout, shelf, one)
         if table.filled or budget:
-            break
-    return _reviewed(table, store, shelf)
+            return table
+    return _at(layout, shelf, "quick")
 
 
 def _at(layout: Layout, shelf: Shelf, budget: str) -> PaperTable:
-    rows, left_out = layout.cells(), []
-    chosen = {data: _suite(layout, shelf, budget, [row for row in rows if row["dataset"] == data]) for data in layout.suites}
+    left_out: list[str] = []
+    chosen = {
+        data: _suite(layout, shelf, budget, [row for row in layout.cells if row["dataset"] == data]) for data in layout.suites
+    }
     cells: dict[Where, Cell] = {}
-    for row in rows:
+    for row in layout.cells:
         cell = _cell(layout, chosen[row["dataset"]], budget, row)
         key = _key(cell)
         records, notes = shelf.answering(key)

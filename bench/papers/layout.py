@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import string
 import tomllib
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -140,21 +141,20 @@ class Layout(Strict):
             for name in getattr(self, place):
                 if name not in CELL:
                     raise ValueError(f"{place}: {unknown(name, CELL)}")
-        for row in self.cells():
+        for row in self.cells:
             self._check_cell(row)
         return self
 
     def _check_cell(self, row: Mapping[str, Any]) -> None:
         """Refuse a table that leaves a published number without its variant, suite or answer, or has two in one place."""
-        told = ", ".join(
-            f"{name} {row[name]:g}" if isinstance(row[name], float) else str(row[name]) for name in CELL if row[name] != ""
-        )
+        told = ", ".join(f"{name} {row[name]}" for name in CELL if row[name] != "")
         for place in ("runs", "answers"):
             if not any(one.fits(row) for one in getattr(self, place)):
                 raise ValueError(f"{place}: nothing fits the published number with {told}")
         if row["dataset"] not in self.suites:
             raise ValueError(f"suites: {row['dataset']} is missing, which the published numbers have")
 
+    @cached_property
     def cells(self) -> list[dict[str, Any]]:
         """The published numbers, in the order of the print; numbers that they do not have are "".
 
@@ -211,9 +211,9 @@ def variant(spec: str) -> Variant:
 
 
 def available() -> list[str]:
-    """Names of the tables that come with the project, as numbered."""
+    """Names of the tables that come with the project, by paper and number."""
     names = [path.stem for path in TABLES.glob("*.toml")]
-    return sorted(names, key=lambda name: (name.split("_")[0], len(name), name))
+    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 
 def load(name: str) -> Layout:
@@ -227,9 +227,9 @@ def load(name: str) -> Layout:
         raise ValueError(f"table: {unknown(name, ['summary', *available()])}")
     try:
         layout = Layout(name=name, **_read(path))
+        check(layout)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path.name}: not valid TOML: {error}") from error
-        check(layout)
     except ValidationError as error:
         raise ValueError(f"{path.name}: {explain(error)}") from error
     except ValueError as error:
@@ -255,17 +255,19 @@ def check(layout: Layout, budget: str = "quick") -> None:
         ValueError: names which, and what there is.
     """
     suites = {name: load_suite(name, budget) for names in layout.suites.values() for name in names}
-    for row in layout.cells():
+    for row in layout.cells:
         variant(layout.variant(row)[0])
         answer = layout.answer(row)
         for name in layout.suites[row["dataset"]]:
             evals = suites[name].evals
+            if suites[name].dataset != row["dataset"]:
+                raise ValueError(f"suites: {name} is about {suites[name].dataset}, the published number about {row['dataset']}")
             if answer.eval not in evals:
                 raise ValueError(f"answers: {name} has no evaluation: {unknown(answer.eval, evals)}")
             asked = evals[answer.eval]
-            eps = facts(answer.facts, row).get("eps")
-            if eps is not None and not any(abs(float(eps) - own) < 1e-9 for own in getattr(asked, "eps", ())):
-                raise ValueError(f"answers: {name}: {answer.eval} is not asked at eps {eps}")
             norm = getattr(asked, "norm", None)
             if row["norm"] and norm is not None and norm != row["norm"]:
                 raise ValueError(f"answers: {name}: {answer.eval} is in {norm}, the published number in {row['norm']}")
+            eps = facts(answer.facts, row).get("eps")
+            if eps is not None and not any(abs(float(eps) - own) < 1e-9 for own in getattr(asked, "eps", ())):
+                raise ValueError(f"answers: {name}: {answer.eval} is not asked at eps {eps}")

@@ -77,6 +77,8 @@ CONVENTIONS = (
 )
 """How to read a table."""
 
+BY_N = "0 by n: no image can be certified there with as few draws as this budget has, so that no difference is told"
+
 
 def shown(layout: Layout, column: str, value: Hashable, alone: bool = True) -> str:
     """A value of a published column as text; with the column's name where it does not stand under it."""
@@ -108,17 +110,23 @@ def remarks(table: PaperTable) -> tuple[dict[int, list[str]], list[str], list[st
     why = {id(cell): _parts(cell.row["remark"]) for cell in cells}
     notes = {id(cell): _parts(cell.row["note"]) for cell in cells}
     often = Counter(part for own in notes.values() for part in own)
-    common = [part for part, times in often.items() if times > SHARED * len(cells)]
+    common = [part for part, times in often.items() if times >= SHARED]
     every = {key: [part for part in (*why[key], *notes[key]) if part not in common] for key in why}
     flags = {part: str(cell.row["flag"]) for cell in reversed(cells) for part in why[id(cell)]}
     order = list(dict.fromkeys(part for own in every.values() for part in own))
     marks = {part: _letters(number) for number, part in enumerate(order)}
     told = [f"{marks[part]}: " + (f"{flags[part]}: " if part in flags else "") + part for part in order]
-    return {key: [marks[part] for part in own] for key, own in every.items()}, told, common
+    whose = {part: {cell.row["defense"] for cell in cells if part in notes[id(cell)]} for part in common}
+    names = {cell.row["defense"]: shown(table.layout, "defense", cell.row["defense"]) for cell in cells}
+    said = [
+        part if len(who) == len(names) else f"{', '.join(names[n] for n in names if n in who)}: {part}"
+        for part, who in whose.items()
+    ]
+    return {key: [marks[part] for part in own] for key, own in every.items()}, told, said
 
 
-SHARED = 0.3
-"""Share of a table's numbers above which a note is told once, without marks."""
+SHARED = 4
+"""Numbers of a table from which on a note is told once, without marks."""
 
 
 def _parts(text: str) -> list[str]:
@@ -142,11 +150,11 @@ def lists(table: PaperTable) -> list[tuple[str, list[str]]]:
     used = [cell for cell in cells if cell.ours]
     runs = _unique(layout.variant(cell.row)[1].remark for cell in cells)
     found = [
-        ("How to read it:", list(CONVENTIONS)),
+        ("How to read it:", [*CONVENTIONS, *([BY_N] if any(one.too_few for cell in used for one in cell.ours) else [])]),
         ("Ours:", [_suite(table, name) for name in dict.fromkeys(cell.suite for cell in cells)]),
         ("Status (bench diagnose RUNS/SUITE says why):", _statuses(used)),
         ("Protocol:", [*runs, *_unique(cell.answer.remark for cell in cells), *table.left_out]),
-        ("About the paper's numbers:", [*layout.remarks, *(f"of most: {note}" for note in common)]),
+        ("About the paper's numbers:", [*layout.remarks, *common]),
         ("Remarks:", marks),
         ("No number although there is a record:", _holes(table)),
         ("– is filled by:", _commands(table)),
@@ -158,7 +166,7 @@ def caption(table: PaperTable) -> str:
     """What a table is, in two sentences."""
     layout = table.layout
     paper, size = (
-        published.PAPERS[layout.cells()[0]["paper"]],
+        published.PAPERS[next(iter(table.cells.values())).row["paper"]],
         "published size" if table.budget == "paper" else "reduced budget",
     )
     filled = f"Budget {table.budget} ({size}): {table.filled} of {len(table.cells)} cells filled."

@@ -1,0 +1,98 @@
+"""What a table of a paper needs, as runs: the plan with its price, and its execution."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from bench import environment
+from bench.papers.cells import Cell
+from bench.papers.estimate import estimate
+from bench.papers.join import join
+from bench.papers.layout import Layout
+from bench.progress import Progress
+from bench.runner import Request, Run
+from bench.store import Record, Store
+from bench.suites import SUITES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What a user asks for beside the table; as in :class:`bench.runner.Request`. ``seeds`` are the table's unless given."""
+
+    budget: str = "quick"
+    seeds: tuple[int, ...] = ()
+    device: str = "auto"
+    data: Path | None = None
+    runs: Path = Path("runs")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a suite has to do: a run of exactly the evaluations that each variant needs, or why there is none."""
+
+    suite: str
+    run: Run | None
+    problem: str = ""
+
+
+def prepare(layout: Layout, wish: Wish, progress: Progress) -> list[Step]:
+    """A step for each suite of the paper's protocol; its networks are shared with all runs of the same folder.
+
+    Raises:
+        ValueError: for an unknown budget or device.
+    """
+    environment.device(wish.device)
+    # The protocol's own suites, whatever records of others a table may show.
+    only = layout.model_copy(update={"suites": {data: names[:1] for data, names in layout.suites.items()}})
+    table = join(only, Store(wish.runs), wish.budget)
+    suites: dict[str, list[Cell]] = {}
+    for cell in table.cells.values():
+        suites.setdefault(cell.suite, []).append(cell)
+    return [_step(suite, cells, replace(wish, seeds=wish.seeds or table.seeds), progress) for suite, cells in suites.items()]
+
+
+def _step(suite: str, cells: list[Cell], wish: Wish, progress: Progress) -> Step:
+    request = Request(
+        defense=",".join(dict.fromkeys(cell.spec for cell in cells)),
+        suite=suite,
+        only=tuple(dict.fromkeys(cell.answer.eval for cell in cells)),
+        **{field.name: getattr(wish, field.name) for field in fields(wish)},
+    )
+    try:
+        run = Run(request, progress)
+    except ValueError as error:
+        return Step(suite, None, str(error))
+    wanted = {(cell.label, cell.answer.eval) for cell in cells}
+    run.jobs = [job for job in run.jobs if (job.variant.label, job.blank.eval["name"]) in wanted]
+    return Step(suite, run)
+
+
+def plan(layout: Layout, wish: Wish, steps: list[Step]) -> Iterator[str]:
+    """The plan in lines: what is there, what is to do, how long it may take and what it holds in memory."""
+    yield f"{layout.name}, budget {wish.budget}, records in {wish.runs}"
+    stores = [Store(wish.runs), Store(SUITES.parent / "results")]
+    known: list[Record] = [record for store in stores for record in store.records()]
+    missing = []
+    for step in steps:
+        if step.run is None:
+            yield f"{step.suite}: cannot run: {step.problem}"
+            continue
+        seeds = ",".join(map(str, step.run.request.seeds))
+        todo = step.run.missing()
+        missing += todo
+        yield f"{step.suite}, seeds {seeds}: {len(step.run.jobs) - len(todo)} of {len(step.run.jobs)} records are there"
+        evals: dict[str, list[str]] = {}
+        for job in todo:
+            evals.setdefault(f"{job.variant.label}, seed {job.blank.seed}", []).append(job.blank.eval["name"])
+        yield from (f"  to do  {who}: {', '.join(names)}" for who, names in evals.items())
+        size = sum(images.pixels.nbytes for images in (step.run.task.train, step.run.task.validation, step.run.test))
+        yield f"  memory: {size / 1e6:.1f} MB of images on {step.run.device}; of networks and attacks unknown"
+    if missing:
+        yield f"time: {estimate(missing, known)}"
+
+
+def execute(steps: list[Step]) -> list[Record]:
+    """Do everything that can run, suite by suite; what is finished already is kept."""
+    return [record for step in steps if step.run is not None for record in step.run.execute()]

@@ -1,0 +1,306 @@
+"""A paper's table shows the stored numbers beside the published ones, cell by cell, and says what may be read off them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from test_store import record
+
+from bench.papers.cells import Cell
+from bench.papers.formats import render
+from bench.papers.join import PaperTable, join
+from bench.papers.layout import load
+from bench.store import Metric, Record, Store
+from bench.tables import HOLE
+
+CERTIFIED = {"kind": "certified", "estimator": "grid", "n0": 100, "n": 100_000, "alpha": 0.001, "images": 500}
+ROBUST = {"kind": "robust", "norm": "linf", "images": 200, "eps": [0.3]}
+
+
+def certified(
+    variant: str, values: dict[float, float], sigma: float = 0.5, suite: str = "cear_cifar10", **changes: Any
+) -> Record:
+    return record(**{
+        "suite": {"name": suite, "version": 1, "budget": "quick"},
+        "defense": {"name": variant.partition("@")[0], "variant": variant, "fields": {}},
+        "eval": {"name": "certified", "fields": {**CERTIFIED, "sigma": sigma}},
+        "metrics": [
+            Metric(metric="certified_accuracy", value=v, n=500, lower=v - 0.03, upper=v + 0.03, radius=r)
+            for r, v in values.items()
+        ],
+        "hashes": {"data": "cifar10 parquet (JPEG re-encoding)", "images": "sha256:1"},
+        "seed": 0,
+        **changes,
+    })  # fmt: skip
+
+
+def attacked(variant: str, value: float, evaluation: str = "pgd", **changes: Any) -> Record:
+    number = Metric(
+        metric="robust_accuracy", value=value, n=200, lower=value - 0.05, upper=value + 0.05, eps=0.3, denominator="all"
+    )
+    return record(**{
+        "suite": {"name": "smd_mnist", "version": 1, "budget": "quick"},
+        "defense": {"name": variant, "variant": variant, "fields": {}},
+        "eval": {"name": evaluation, "fields": {**ROBUST, "attack": evaluation}},
+        "metrics": [number, number.model_copy(update={"denominator": "clean_correct", "value": 0.99})],
+        "hashes": {"data": "mnist parquet", "images": "sha256:1"},
+        "seed": 0,
+        **changes,
+    })  # fmt: skip
+
+
+def rows_of(stands: np.ndarray) -> pd.DataFrame:
+    ids = np.arange(len(stands))
+    return pd.DataFrame({"id": ids, "label": 0, "eps": 0.3, "clean_correct": True, "broken": ~stands, "distance": 0.1})
+
+
+def cell(table: PaperTable, **facts: Any) -> Cell:
+    (found,) = [one for one in table.cells.values() if all(one.row[name] == value for name, value in facts.items())]
+    return found
+
+
+def lines(table: PaperTable, fmt: str = "text") -> list[str]:
+    return render(table, fmt).splitlines()
+
+
+def test_one_seed_shows_value_interval_difference_and_what_is_outside(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write(certified("cear_rw@sigma=0.5", {0.0: 0.67, 0.25: 0.40}))
+    table = join(load("cear_table1"), store)
+    own = cell(table, dataset="cifar10", defense="cear_rw", sigma=0.5, radius=0.0)
+    assert own.printed == 68 and own.value == pytest.approx(67) and own.interval == pytest.approx((64, 70))
+    assert own.difference == pytest.approx(-1) and own.inside is True
+    other = cell(table, dataset="cifar10", defense="cear_rw", sigma=0.5, radius=0.25)
+    assert other.printed == 56 and other.inside is False and table.filled == 3  # and radius 2, which n cannot prove
+    at = next(
+        i for i, line in enumerate(lines(table)) if "CEAR(RW)" in line and line.startswith("CIFAR-10") and " 0.5 " in line
+    )
+    shown = [line.split() for line in lines(table)[at : at + 4]]
+    assert shown[0][3:6] == ["paper", "68", "56"]
+    assert shown[1][:3] == ["ours", "67.0", "40.0"] and shown[1][3] == HOLE
+    assert shown[2][2:9] == ["64.0", "to", "70.0", "37.0", "to", "43.0"]
+    assert shown[3] == ["difference", "-1.0", "-16.0", "out"]
+
+
+def test_an_impossible_number_is_struck_out_with_its_reason_and_gets_no_difference(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write(certified("cear_rw@sigma=0.5", {0.0: 0.67}))
+    table = join(load("cear_table1"), store)
+    own = cell(table, dataset="cifar10", defense="cear_rw", sigma=0.5, radius=2.0)
+    assert own.row["flag"] == "impossible" and own.inside is None
+    assert own.ours[0].too_few and own.value == 0  # by the same arithmetic
+    struck = {"text": "~~5~~ (", "md": "~~5~~<sup>", "latex": r"\rlap{\rule[0.6ex]{0.6em}{0.5pt}}5", "html": "<s>5</s><sup>"}
+    for fmt, text in struck.items():
+        assert render(table, fmt).count(text) == 1
+        assert "no radius exceeds 3.81 sigma" in render(table, fmt)
+    raw = [row for row in json.loads(render(table, "json")) if row["flag"] == "impossible"]
+    assert [(row["printed"], row["ours"], row["published_inside"]) for row in raw] == [("5", 0.0, None)]
+
+
+def test_radii_beyond_the_draws_are_no_difference(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    few = {**CERTIFIED, "n": 1000, "sigma": 0.5}
+    store.write(certified("cear_rw@sigma=0.5", {0.0: 0.67}, eval={"name": "certified", "fields": few}))
+    table = join(load("cear_table1"), store)
+    own = cell(table, dataset="cifar10", defense="cear_rw", sigma=0.5, radius=1.75)
+    assert own.printed == 8 and own.ours[0].too_few and own.inside is None
+    assert "0 by n" in render(table) and "-8.0" not in render(table)
+    # A radius that n could prove, but that was not asked, is a hole.
+    assert not cell(table, dataset="cifar10", defense="cear_rw", sigma=0.5, radius=0.25).filled
+
+
+def test_a_hole_stays_a_hole_with_the_command_that_fills_it(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write(attacked("naive", 0.5, "fgsm"))
+    store.write(attacked("gal", 0.5, "fgsm", status="error", metrics=[], error="Traceback\nValueError: no"))
+    table = join(load("smd_table1"), store)
+    hole = cell(table, dataset="mnist", defense="naive", attack="pgd")
+    assert not hole.filled and hole.command((0,)) == (
+        "bench run --defense naive@members=3 --suite smd_mnist --budget quick --seeds 0 --only pgd"
+    )
+    text = render(table)
+    assert (
+        "bench run --defense naive@members=3 --suite smd_mnist --budget quick --seeds 0 --only clean,r_fgsm,pgd,bim,mim" in text
+    )
+    assert "gal fgsm: failed: ValueError: no" in text
+    (raw,) = [row for row in json.loads(render(table, "json")) if row["ours"] is not None]
+    assert (raw["published"], raw["ours"], raw["difference"], raw["command"]) == (20.3, 50.0, pytest.approx(29.7), None)
+
+
+def test_several_seeds_are_mean_and_deviation_with_an_interval_over_both(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for seed, value in enumerate((0.2, 0.3, 0.4)):
+        store.write(attacked("naive", value, seed=seed))
+    own = cell(join(load("smd_table1"), store), dataset="mnist", defense="naive", attack="pgd")
+    assert own.value == pytest.approx(30) and own.spread == pytest.approx(10)
+    half = np.hypot(5, stats.t.ppf(0.975, 2) * 10 / np.sqrt(3))
+    assert own.interval == pytest.approx((max(0, 30 - half), 30 + half))
+    table = join(load("smd_table1"), store)
+    assert "30.0 ± 10.0 (3)" in render(table) and r"30.0 $\pm$ 10.0 (3)" in render(table, "latex")
+    deviations = cell(join(load("smd_table3"), store), dataset="mnist", defense="naive", attack="pgd")
+    assert deviations.value == pytest.approx(10) and deviations.printed == 0.7
+    low, high = deviations.interval or (0, 0)
+    assert low == pytest.approx(10 * np.sqrt(2 / stats.chi2.ppf(0.975, 2))) and high == pytest.approx(
+        10 * np.sqrt(2 / stats.chi2.ppf(0.025, 2))
+    )
+
+
+def test_a_deviation_needs_two_seeds(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write(attacked("naive", 0.2))
+    table = join(load("smd_table3"), store)
+    assert table.filled == 0 and "--seeds 0,1,2" in render(table)
+
+
+def test_seeds_that_were_asked_otherwise_and_other_versions_are_left_out_and_named(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write(attacked("naive", 0.2))
+    store.write(attacked("naive", 0.9, seed=1, hashes={"data": "mnist parquet", "images": "sha256:2"}))
+    store.write(attacked("adp", 0.9, suite={"name": "smd_mnist", "version": 0, "budget": "quick"}))
+    table = join(load("smd_table1"), store)
+    assert cell(table, dataset="mnist", defense="naive", attack="pgd").value == pytest.approx(20)
+    assert not cell(table, dataset="mnist", defense="adp", attack="pgd").filled
+    text = render(table)
+    assert "smd_mnist/quick/naive/pgd: 1 seeds that were asked otherwise than the first" in text
+    assert "smd_mnist/quick/adp/pgd: 1 records of another version of the suite" in text
+
+
+def test_budgets_never_mix_and_the_largest_with_records_is_shown(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write(attacked("naive", 0.2))
+    store.write(attacked("adp", 0.6, suite={"name": "smd_mnist", "version": 1, "budget": "paper"}))
+    table = join(load("smd_table1"), store)
+    assert (table.budget, table.filled) == ("paper", 1) and "Budget paper (published size): 1 of 108" in render(table)
+    table = join(load("smd_table1"), store, "quick")
+    assert table.filled == 1 and "Budget quick (reduced budget)" in render(table)
+    assert "epochs 5 instead of 50, training images 20000 instead of all" in render(table)
+    assert join(load("smd_table1"), store, "smoke").filled == 0
+
+
+def test_a_data_set_is_answered_by_one_suite_the_papers_first(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write(certified("cear_rw", {0.0: 0.9}, 0.25, "mnist"))
+    table = join(load("cear_table1"), store)
+    assert cell(table, dataset="mnist", defense="cear_rw", sigma=0.25, radius=0.0).value == pytest.approx(90)
+    assert "suite mnist version 1" in render(table) and "suite cear_mnist" not in render(table)
+    store.write(certified("cear_gm", {0.0: 0.8}, 0.25, "cear_mnist"))
+    table = join(load("cear_table1"), store)
+    assert cell(table, dataset="mnist", defense="cear_gm", sigma=0.25, radius=0.0).value == pytest.approx(80)
+    assert not cell(table, dataset="mnist", defense="cear_rw", sigma=0.25, radius=0.0).filled
+    assert "suite mnist version 1" not in render(table)
+
+
+def test_the_caption_says_what_the_images_are(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.write(certified("cear_rw@sigma=0.5", {0.0: 0.67}))
+    text = render(join(load("cear_table1"), store))
+    assert "data: cifar10 parquet (JPEG re-encoding); images: certified 500" in text
+    assert "network resnet20 instead of resnet110, epochs 15 instead of 90, training images 5000 instead of all" in text
+    assert "unreviewed in cear_cifar10: cear_rw@sigma=0.5" in text or "flagged in cear_cifar10: cear_rw@sigma=0.5" in text
+
+
+def winner(tmp_path: Path, stands: dict[str, int], stored: bool = True, n: int = 200) -> list[str]:
+    """Which defenses are bold under PGD, when so many of n images stand, the first ones of each."""
+    store = Store(tmp_path)
+    for name, count in stands.items():
+        made = attacked(name, count / n)
+        store.write(made)
+        if stored:
+            store.write_rows(made, rows_of(np.arange(n) < count))
+    table = join(load("smd_table1"), store)
+    return [one.row["defense"] for one in table.cells.values() if one.best]
+
+
+def test_the_best_is_bold_only_where_it_differs_from_every_other(tmp_path: Path) -> None:
+    assert winner(tmp_path / "far", {"naive": 20, "gal": 60, "smd": 100}) == ["smd"]
+    assert winner(tmp_path / "near", {"naive": 20, "gal": 97, "smd": 100}) == []  # 3 of 3 discordant images: p = 0.25
+    # 6 images against nothing are p = 0.03 alone, and 0.06 where two comparisons are made.
+    assert winner(tmp_path / "two", {"gal": 94, "smd": 100}) == ["smd"]
+    assert winner(tmp_path / "three", {"naive": 94, "gal": 94, "smd": 100}) == []
+    assert winner(tmp_path / "without", {"naive": 20, "smd": 100}, stored=False) == []
+    assert winner(tmp_path / "alone", {"smd": 100}) == []
+
+
+def test_bold_is_written_in_every_format(tmp_path: Path) -> None:
+    assert winner(tmp_path, {"naive": 20, "smd": 100}) == ["smd"]
+    table = join(load("smd_table1"), Store(tmp_path))
+    for fmt, text in {"text": "**50.0**", "md": "**50.0**", "latex": r"\textbf{50.0}", "html": "<b>50.0</b>"}.items():
+        assert render(table, fmt).count(text) == 1
+
+
+def test_success_rates_are_complements_and_lower_is_better(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    suite = {"name": "cear_mnist", "version": 1, "budget": "quick"}
+    right = Metric(metric="robust_accuracy", value=0.9, n=100, lower=0.8, upper=0.95, eps=1.0, denominator="clean_correct")
+    fields = {"kind": "robust", "attack": "autoattack", "norm": "l2", "eps": [1.0], "images": 100}
+    store.write(attacked("randsmooth", 0.5, suite=suite, eval={"name": "cear_attack_l2", "fields": fields}, metrics=[right]))
+    passed = Metric(
+        metric="asr_members", value=0.1, n=90, lower=0.05, upper=0.2, eps=1.0, denominator="ensemble_correct", target="ensemble"
+    )
+    whole = passed.model_copy(update={"metric": "asr_ensemble", "value": 0.7, "source": "ensemble"})
+    fields = {**fields, "kind": "transfer"}
+    made = attacked("cear_rw", 0.5, suite=suite, eval={"name": "cear_transfer_l2", "fields": fields}, metrics=[passed, whole])
+    store.write(made)
+    table = join(load("cear_table3"), store)
+    own = cell(table, dataset="mnist", defense="randsmooth", metric="attack_success_rate", norm="l2")
+    assert own.value == pytest.approx(10) and own.interval == pytest.approx((5, 20)) and own.lower_is_better
+    assert own.difference == pytest.approx(10 - 12.20)
+    at = next(i for i, line in enumerate(lines(table)) if line.startswith("MNIST") and "CEAR(RW)" in line)
+    assert [line.split() for line in lines(table)[at : at + 5]][-1] == ["white-box", "70.0"]
+    assert (
+        next(
+            row["white-box"] for row in json.loads(render(table, "json")) if row["ours"] == 10.0 and row["defense"] == "cear_rw"
+        )
+        == "70"
+    )
+
+
+def test_times_come_from_what_records_cost(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    clean = attacked(
+        "naive", 0.5,
+        eval={"name": "clean", "fields": {"kind": "clean", "images": 1000}},
+        task={"architecture": "lenet5", "recipe": {"epochs": 50}},
+        cost={"seconds": 2.0, "training_seconds_per_epoch": 3.0, "measured_together": 1.0},
+        metrics=[Metric(metric="clean_accuracy", value=0.99, n=1000)],
+    )  # fmt: skip
+    store.write(clean)
+    own = cell(join(load("smd_runtime"), store), defense="naive")
+    assert own.value == 150 and own.printed == 240
+    assert "x 0.62" in render(join(load("smd_runtime"), store))
+    suite, who = (
+        {"name": "cear_mnist", "version": 1, "budget": "quick"},
+        {"name": "cear_rw", "variant": "cear_rw", "fields": {}},
+    )
+    store.write(clean.model_copy(update={"suite": suite, "defense": who}))
+    assert cell(join(load("cear_runtime"), store), dataset="mnist", defense="cear_rw").value == pytest.approx(20)
+
+
+def test_of_images_of_others_the_right_source_answers(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    given = [
+        Metric(
+            metric="black_box_accuracy", value=v, n=200, lower=v - 0.05, upper=v + 0.05, eps=0.3, source=s, denominator="all"
+        )
+        for s, v in (("itself", 0.4), ("naive", 0.6))
+    ]
+    fields = {**ROBUST, "kind": "black_box", "attack": "pgd", "sources": ["itself", "naive"]}
+    store.write(attacked("smd", 0.1, eval={"name": "black_box_pgd", "fields": fields}, metrics=given))
+    table = join(load("smd_table2"), store)
+    assert cell(table, dataset="mnist", defense="smd", attack="pgd").value == pytest.approx(40)
+    assert any(line.split() == ["naive's", "images", "60.0"] for line in lines(table))
+
+
+def test_a_skipped_question_is_told_and_asks_for_no_run(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for name in ("clean", "fgsm", "r_fgsm", "pgd", "bim", "mim"):
+        store.write(attacked("naive", 0.1, name, status="skipped", metrics=[], error="one network only"))
+    text = render(join(load("smd_table1"), store))
+    assert "makes no sense here: one network only" in text
+    assert [line.split()[3].split(",")[0] for line in text.splitlines() if "--suite smd_mnist" in line] == ["adp@members=3"]

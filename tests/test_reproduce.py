@@ -1,0 +1,137 @@
+"""``bench reproduce``: the plan before the work, the work in pieces that survive a kill, the table after it."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from bench import cli, published, suites
+from bench.papers import layout as layouts
+from bench.papers.estimate import Estimate, duration
+from bench.papers.layout import load
+from bench.papers.reproduce import Wish, plan, prepare
+from bench.progress import Progress
+from bench.runner import Run
+from bench.store import Store
+
+LAYOUT = """
+published = "digits_table1"
+title = "Digits, table 1"
+caption = "Accuracy of two ensembles"
+rows = ["defense"]
+columns = ["attack", "eps"]
+seeds = [0]
+[suites]
+digits = ["tiny"]
+[[runs]]
+run = "{defense}@members={members}"
+[[answers]]
+of = { attack = "" }
+eval = "clean"
+metric = "clean_accuracy"
+[[answers]]
+eval = "pgd"
+metric = "robust_accuracy"
+facts = { eps = "{eps}", denominator = "all" }
+"""
+
+
+@pytest.fixture
+def paper(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A table of two defenses, three numbers each, answered by the tiny suite; returns a folder for runs."""
+    rows = []
+    for defense in ("naive", "adp"):
+        for attack, eps in (("", ""), ("pgd", 0.02), ("pgd", 0.1)):
+            facts = {"defense": defense, "attack": attack, "eps": eps, "dataset": "digits", "members": 2.0, "paper": "smd"}
+            rows.append(
+                {**dict.fromkeys(published.COLUMNS, ""), "file": "digits_table1", "value": 50.0, "printed": "50", **facts}
+            )
+    frame = pd.DataFrame(rows).assign(unit="percent", metric="accuracy")
+    monkeypatch.setattr(published, "frame", lambda: frame)
+    monkeypatch.setattr(suites, "SUITES", tiny.parent)
+    monkeypatch.setattr(layouts, "TABLES", tiny.parent / "tables")
+    layouts.TABLES.mkdir()
+    (layouts.TABLES / "digits_table1.toml").write_text(LAYOUT)
+    return tiny.parent / "runs"
+
+
+def told(runs: Path) -> str:
+    wish = Wish(runs=runs, device="cpu")
+    steps = prepare(load("digits_table1"), wish, Progress(None))
+    return "\n".join(plan(load("digits_table1"), wish, steps))
+
+
+def bench(*words: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["bench", *words])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_the_plan_says_what_is_to_do_and_runs_nothing(
+    paper: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        bench("reproduce", "digits_table1", "--dry-run", "--runs", str(paper), "--device", "cpu", monkeypatch=monkeypatch) == 0
+    )
+    text = capsys.readouterr().out
+    assert "tiny, seeds 0: 0 of 4 records are there" in text
+    assert "to do  naive@members=2, seed 0: clean, pgd" in text and "to do  adp@members=2, seed 0: clean, pgd" in text
+    assert "certified" not in text, "an evaluation that the table does not ask for"
+    assert "time: unknown; no record of this device tells of: tiny clean, tiny pgd" in text
+    assert "training of adp@members=2 in tiny" in text and re.search(
+        r"memory: 0\.\d+ MB of images on cpu; of networks and attacks unknown", text
+    )
+    assert not paper.exists()
+
+
+def test_a_killed_run_goes_on_and_the_table_is_filled(
+    paper: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured, real = [], Run._measure
+
+    def killed(self: Run, ready: list) -> None:  # type: ignore[type-arg]
+        measured.append([one.job.blank.eval["name"] for one in ready])
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        real(self, ready)
+
+    words = ("reproduce", "digits_table1", "--runs", str(paper), "--device", "cpu")
+    monkeypatch.setattr(Run, "_measure", killed)
+    assert bench(*words, monkeypatch=monkeypatch) == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
+    kept = {path: path.stat().st_mtime_ns for path in paper.glob("*/*/*/*/*.parquet")}
+    assert {path.name for path in kept} == {"clean.parquet", "pgd.parquet", "pgd.examples.parquet"}
+    monkeypatch.setattr(Run, "_measure", real)
+    assert bench(*words, monkeypatch=monkeypatch) == 0
+    assert all(path.stat().st_mtime_ns == at for path, at in kept.items()), "what was finished was computed again"
+    text = capsys.readouterr().out
+    assert "2 of 4 records are there" in text and "Budget quick (reduced budget): 6 of 6 cells filled" in text
+    assert "4 of 4 records are there" in told(paper) and "time:" not in told(paper)
+    # Other seeds cost what this one did: two networks of two members, and four evaluations.
+    wish = Wish(runs=paper, device="cpu", seeds=(1,))
+    later = "\n".join(plan(load("digits_table1"), wish, prepare(load("digits_table1"), wish, Progress(None))))
+    assert "0 of 4 records" in later and "time: about" in later and "unknown;" not in later
+    assert {record.eval["name"] for record in Store(paper).records()} == {"clean", "pgd"}
+
+
+def test_what_lacks_its_data_is_named_and_fails(
+    paper: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (suites.SUITES / "tiny.toml").read_text()
+    (suites.SUITES / "tiny.toml").write_text(text.replace("images = 30", "images = 1000000"))
+    words = ("reproduce", "digits_table1", "--runs", str(paper), "--device", "cpu")
+    assert bench(*words, monkeypatch=monkeypatch) == 1
+    assert "tiny: cannot run: tiny: asks for 1000000 test" in capsys.readouterr().out
+
+
+def test_estimates_read_as_words() -> None:
+    assert [duration(s) for s in (12, 300, 11_520, 345_600)] == ["12 s", "5 min", "3.2 h", "4 days"]
+    assert str(Estimate(0, 0, ("a",))) == "unknown; no record of this device tells of: a"
+    assert str(Estimate(60, 30, ())) == "about 2 min (training at most 60 s, evaluation 30 s)"
