@@ -297,6 +297,14 @@ def test_of_images_of_others_the_right_source_answers(tmp_path: Path) -> None:
     assert any(line.split() == ["naive's", "images", "60.0"] for line in lines(table))
 
 
+def test_an_interval_without_width_says_nothing(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    equal = Metric(metric="robust_accuracy", value=0.0, n=5, lower=0.0, upper=0.0, eps=0.3, denominator="all")
+    store.write(attacked("naive", 0.1, metrics=[equal]))
+    own = cell(join(load("smd_table1"), store), dataset="mnist", defense="naive", attack="pgd")
+    assert own.value == 0 and own.interval is None and own.inside is None
+
+
 def test_a_skipped_question_is_told_and_asks_for_no_run(tmp_path: Path) -> None:
     store = Store(tmp_path)
     for name in ("clean", "fgsm", "r_fgsm", "pgd", "bim", "mim"):

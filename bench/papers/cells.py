@@ -58,6 +58,8 @@ def number(record: Record, wanted: Answer | Beside, row: Mapping[str, Any]) -> N
         ends = tuple(None if end is None else 1 - end for end in reversed(ends))  # type: ignore[assignment]
     low, value, high = (None if end is None else end * scale for end in ends)
     assert value is not None
+    if low == high:  # a bootstrap over equal images has no width, and says nothing
+        low = high = None
     return Number(value, low, high, one.n)
 
 
