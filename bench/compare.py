@@ -97,15 +97,34 @@ def same_question(first: Record, second: Record) -> bool:
 
 def difference(evaluation: str, number: str, pairs: Sequence[tuple[pd.Series, pd.Series]]) -> Difference:
     """The difference of one number, from what it is the mean of image by image, a pair a training seed."""
-    frames = [pd.DataFrame({"a": a, "b": b}).dropna().astype(float) for a, b in pairs]
-    means = pd.concat(frames).groupby(level=0).mean()
+    frames = _shared(pairs)
+    means = _means(frames)
     apart = (means.a - means.b).to_numpy()
     low, high = metrics.bootstrap_mean(apart)
-    verdicts = len(frames) == 1 and set(np.unique(means.to_numpy())) <= {0.0, 1.0}
-    p = metrics.mcnemar(int((apart > 0).sum()), int((apart < 0).sum())) if verdicts else metrics.sign_flip(apart)
     each = tuple(float((frame.a - frame.b).mean()) for frame in frames)
     a, b, mean = float(means.a.mean()), float(means.b.mean()), float(apart.mean())
-    return Difference(evaluation, number, len(means), len(frames), a, b, mean, low, high, each, p)
+    return Difference(evaluation, number, len(means), len(frames), a, b, mean, low, high, each, _p(means, len(frames)))
+
+
+def chance(pairs: Sequence[tuple[pd.Series, pd.Series]]) -> float:
+    """The p of :func:`difference` alone."""
+    frames = _shared(pairs)
+    return _p(_means(frames), len(frames))
+
+
+def _shared(pairs: Sequence[tuple[pd.Series, pd.Series]]) -> list[pd.DataFrame]:
+    """Values a and b of the images of both, a frame a seed."""
+    return [pd.DataFrame({"a": a, "b": b}).dropna().astype(float) for a, b in pairs]
+
+
+def _means(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    return pd.concat(frames).groupby(level=0).mean()
+
+
+def _p(means: pd.DataFrame, seeds: int) -> float:
+    apart = (means.a - means.b).to_numpy()
+    verdicts = seeds == 1 and set(np.unique(means.to_numpy())) <= {0.0, 1.0}
+    return metrics.mcnemar(int((apart > 0).sum()), int((apart < 0).sum())) if verdicts else metrics.sign_flip(apart)
 
 
 def table(rows: Sequence[Difference], first: str, second: str, fmt: str = "text") -> str:

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from bench import tables
+from bench.papers.formats import render
+from bench.papers.join import join
+from bench.papers.layout import load
 from bench.registry import resolve
 from bench.store import Store
 from bench.suites import load_suite
@@ -40,6 +43,13 @@ def test_every_committed_summary_is_the_committed_records(suite: str) -> None:
     made = tables.render_all(tables.summaries(Store(RESULTS), suite), "md")
     assert (RESULTS / suite / "summary.md").read_text().strip() == made.strip()
     assert f"leaderboards/results/{suite}/summary.md" in README
+
+
+@pytest.mark.parametrize("path", sorted((RESULTS / "papers").glob("*.md")), ids=lambda path: path.stem)
+def test_every_committed_table_of_a_paper_is_the_committed_records(path: Path) -> None:
+    made = render(join(load(path.stem), Store(RESULTS)), "md")
+    again = f"bench table {path.stem} --format md --runs leaderboards/results > {path.relative_to(ROOT)}"
+    assert path.read_text().strip() == made.strip(), f"records were committed since; make it again: {again}"
 
 
 COMMANDS = re.findall(r"bench run [^\n`]*", README)

@@ -54,7 +54,7 @@ def _p(store: Store, first: Cell, second: Cell) -> float | None:
         pairs.append((sides[0], sides[1]))
     if len(pairs) < len(others):
         return None
-    return compare.difference(first.answer.eval, first.answer.metric, pairs).p
+    return compare.chance(pairs)
 
 
 def _values(store: Store, record: Record, cell: Cell) -> pd.Series | None:
