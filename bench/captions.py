@@ -67,6 +67,10 @@ _OF_KINDS: dict[str, tuple[str, ...]] = {
         "ASR white-box: when crafted on the ensemble itself; both of the images that the ensemble gets right",
         "an empty denominator leaves a hole",
     ),
+    "accuracy on images of other models": (
+        "adversarial images of models that each evaluation names, trained with other seeds; an image counts if the defense is "
+        "right on all of them",
+    ),
     "accuracy under noise": (
         "{how}",
         "none, input, activations, both: where Gaussian noise is added when an image is judged: nowhere, to the image, behind "

@@ -80,6 +80,7 @@ def _kind(record: Record) -> tuple[str, str, float]:
 _OWN: dict[str, tuple[str, Callable[[Record], str]]] = {
     "diversity": ("diversity of members", columns.steps),
     "transfer": ("transfer between members", columns.crafted),
+    "black_box": ("accuracy on images of other models", lambda record: ""),
     "noise": ("accuracy under noise", columns.under_noise),
     "activations": ("activations under noise and attack", columns.crafted),
     "kernels": ("kernels of the first layer", lambda record: ""),

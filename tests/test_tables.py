@@ -89,6 +89,16 @@ def test_estimators_budgets_and_versions_never_share_a_table(store: Store) -> No
     assert figure is not None and len(figure.axes[0].get_lines()) == 3
 
 
+def test_images_of_other_models_have_a_table_of_their_own(store: Store) -> None:
+    fields = {"kind": "black_box", "attack": "pgd", "norm": "linf", "images": 200}
+    store.write(attacked("one", 0.3).model_copy(update={"eval": {"name": "black_box_pgd", "fields": fields}}))
+    (own,) = [table for table in tables.summaries(store) if "images of other models" in table.title]
+    assert cells(own)["one", "black_box_pgd linf 0.1"] == "30.0 [25.0, 35.0]"
+    assert "the defense is right on all of them" in own.caption
+    others = [table for table in tables.summaries(store) if table.title != own.title]
+    assert len(others) == 2 and not any("black_box" in name for table in others for name in table.columns)
+
+
 def test_two_certified_evaluations_of_one_kind_keep_their_columns(store: Store) -> None:
     other = certified("one", {0.0: 0.5})
     store.write(other.model_copy(update={"eval": {**other.eval, "name": "again"}}))
