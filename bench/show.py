@@ -39,6 +39,7 @@ def listing(what: str) -> None:
     from attacks import ATTACKS
     from bench import tables
     from bench.data import DATASETS
+    from bench.figures import available_figures, load_figure
     from bench.registry import from_file, registered
     from bench.suites import available, load_suite, unknown
 
@@ -48,6 +49,7 @@ def listing(what: str) -> None:
         "attacks": lambda: {name: _first_line(attack) for name, attack in ATTACKS.items()},
         "suites": lambda: {name: load_suite(name).description for name in available()},
         "tables": lambda: {"summary": f"every number of a suite; formats {', '.join(tables.FORMATS)}"},
+        "figures": lambda: {name: load_figure(name).title for name in available_figures()},
         "datasets": lambda: {name: f"{facts.classes} classes, {facts.shape}" for name, facts in DATASETS.items()},
     }
     if what.endswith(".py"):

@@ -6,6 +6,7 @@ import copy
 import difflib
 import re
 import tomllib
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def _check_recipe(place: str, values: dict[str, Any], given: dict[str, Any]) -> 
     try:
         recipe = _RECIPE.validate_python(values)
     except ValidationError as error:
-        raise ValueError(_explain(error, place)) from error
+        raise ValueError(explain(error, place)) from error
     if recipe.epochs < 1 or recipe.batch < 1:
         raise ValueError(f"{place}: epochs and batch must be at least 1, got {recipe.epochs} and {recipe.batch}")
     if not all(0 <= share <= 1 for share in recipe.decay_at):
@@ -145,7 +146,7 @@ def load_suite(name: str | Path, budget: str = "quick") -> Suite:
     try:
         return Suite(budget=budget, **_at_budget(raw, budget))
     except ValidationError as error:
-        raise SuiteError(f"{path.name}: {_explain(error)}") from error
+        raise SuiteError(f"{path.name}: {explain(error)}") from error
     except (TypeError, ValueError) as error:
         raise SuiteError(f"{path.name}: {error}") from error
 
@@ -229,12 +230,12 @@ def _at_budget(raw: dict[str, Any], budget: str) -> dict[str, Any]:
     return raw
 
 
-def _explain(error: ValidationError, *above: str) -> str:
-    """The first few problems of a suite file, in words; ``above`` is where in the file they are."""
+def explain(error: ValidationError, *above: str, kinds: Sequence[str] = KINDS) -> str:
+    """The first few problems of a file, in words; ``above`` is where in the file they are."""
     problems = []
     for item in error.errors()[:3]:
-        # Pydantic puts the kind between an evaluation's name and its key; the file has no such level.
-        place = ".".join(str(part) for i, part in enumerate((*above, *item["loc"])) if not (i == 2 and part in KINDS))
+        # Pydantic puts the kind between an evaluation's (or a panel's) name and its key; the file has no such level.
+        place = ".".join(str(part) for i, part in enumerate((*above, *item["loc"])) if not (i == 2 and part in kinds))
         text = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             problems.append(f"{place}: unknown key")
