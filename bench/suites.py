@@ -6,7 +6,7 @@ import copy
 import difflib
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -230,7 +230,7 @@ def _at_budget(raw: dict[str, Any], budget: str) -> dict[str, Any]:
     return raw
 
 
-def explain(error: ValidationError, *above: str, kinds: Sequence[str] = KINDS) -> str:
+def explain(error: ValidationError, *above: str, kinds: Collection[str] = KINDS) -> str:
     """The first few problems of a file, in words; ``above`` is where in the file they are."""
     problems = []
     for item in error.errors()[:3]:
