@@ -39,7 +39,7 @@ def curves(axes: Axes, panel: Curves, suite: str, found: Mapping[str, Shown], lo
     """Draw a line a defense, and what is printed."""
     for index, own in enumerate(panel.lines):
         line(axes, values(panel, found[own.label]), own.label, looks[own.label], (index, len(panel.lines)))
-        _printed(axes, printed(panel, index), panel.x, looks[own.label])
+        _draw_printed(axes, printed(panel, index), panel.x, looks[own.label])
     axes.set(xlabel=panel.xlabel or _axis(panel, suite), ylabel=METRICS[panel.metric], ylim=(-2, 102))
     if panel.log:
         axes.set_xscale("log")
@@ -90,7 +90,7 @@ def printed(panel: Curves, index: int) -> pd.DataFrame:
     return rows[rows[panel.x].notna()].sort_values(panel.x)
 
 
-def _printed(axes: Axes, rows: pd.DataFrame, x: str, look: Mapping[str, Any]) -> None:
+def _draw_printed(axes: Axes, rows: pd.DataFrame, x: str, look: Mapping[str, Any]) -> None:
     false = rows.flag == "impossible"
     for own, style in ((rows[~false], {**PRINTED, "marker": look["marker"]}), (rows[false], IMPOSSIBLE)):
         if len(own):
