@@ -49,8 +49,8 @@ def listing(what: str) -> None:
         "attacks": lambda: {name: _first_line(attack) for name, attack in ATTACKS.items()},
         "suites": lambda: {name: load_suite(name).description for name in available()},
         "tables": lambda: {"summary": f"every number of a suite; formats {', '.join(tables.FORMATS)}"},
-        "figures": lambda: {name: load_figure(name).title for name in available_figures()},
         "datasets": lambda: {name: f"{facts.classes} classes, {facts.shape}" for name, facts in DATASETS.items()},
+        "figures": lambda: {name: load_figure(name).title for name in available_figures()},
     }
     if what.endswith(".py"):
         kinds = {what: lambda: {name: _first_line(defense) for name, (defense, _) in from_file(Path(what)).items()}}
