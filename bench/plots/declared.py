@@ -18,7 +18,7 @@ from bench.plots import filled as contents
 from bench.plots.activations import LOOKS, WORDS, alike
 from bench.plots.filled import Filled, fill
 from bench.plots.panels import IMPOSSIBLE, PRINTED, Looks, curves, view
-from bench.plots.style import BASELINE, SMALL, broken, legend_above, page, small_print, styles_in_order, tidy
+from bench.plots.style import BASELINE, SMALL, broken, legend_above, page, save, small_print, styles_in_order, tidy
 from bench.plots.transfer import RATES, colour_bar
 from bench.store import Store
 from bench.suites import BUDGETS, unknown
@@ -69,7 +69,7 @@ def draw_figure(name: str, store: Store, budget: str, out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     files = [out / f"{Path(name).name.removesuffix('.toml')}.{kind}" for kind in ("pdf", "png", "txt")]
     for path in files[:2]:
-        drawn.page.savefig(path, dpi=200)
+        save(drawn.page, path)
     files[2].write_text(drawn.words)
     return files
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Sequence
 from operator import attrgetter
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -140,6 +142,12 @@ def small_print(lines: Sequence[str], width: float) -> str:
 def broken(name: str, letters: int) -> str:
     """A label in lines of so many letters, broken behind commas."""
     return textwrap.fill(", ".join(part.strip() for part in name.split(",")), letters)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure; letters of a PDF are TrueType, since many publishers refuse Type 3."""
+    with rc_context({"pdf.fonttype": 42}):
+        figure.savefig(path, dpi=200)
 
 
 def tidy(axes: Axes) -> None:
