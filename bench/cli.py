@@ -114,7 +114,9 @@ def merge(
 
 @app.command(name="list")
 def list_(
-    what: Annotated[str, typer.Argument(help="defenses, attacks, suites, tables, datasets, or your own ./file.py")] = "",
+    what: Annotated[
+        str, typer.Argument(help="defenses, attacks, suites, tables, figures, datasets, or your own ./file.py")
+    ] = "",
 ) -> None:
     """Show what there is."""
     from bench import show

@@ -43,12 +43,26 @@ def table(
         print(problem, file=sys.stderr)
 
 
-def plot(suite: SuiteName, out: Out = Path("plots"), runs: Runs = Path("runs")) -> None:
-    """Draw certified accuracy, accuracy against epsilon, and training curves of a suite, as PDF and PNG."""
+def plot(
+    name: Annotated[str, typer.Argument(help="a figure of `bench list figures`, or a .toml file")] = "",
+    suite: Annotated[str, typer.Option("--suite", help="instead of a figure: everything that this suite's records allow")] = "",
+    budget: Annotated[str, typer.Option(help="of a figure: smoke, quick or paper; default: quick")] = "",
+    out: Out = Path("plots"),
+    runs: Runs = Path("runs"),
+) -> None:
+    """Draw a figure of a paper beside its numbers, or every plot of a suite, as PDF and PNG."""
     from bench import plots
+    from bench.plots.declared import draw_figure
+    from bench.store import Store
 
-    for path in plots.draw(_filled(runs, suite), suite, out):
-        print(path)
+    if bool(name) == bool(suite):
+        raise ValueError(
+            f"plot: give the name of a figure or --suite, not {'both' if name else 'neither'}; see bench list figures"
+        )
+    if suite and budget:
+        raise ValueError("--budget: goes with a figure; the plots of a suite are of every budget")
+    files = draw_figure(name, Store(runs), budget or "quick", out) if name else plots.draw(_filled(runs, suite), suite, out)
+    print(*files, sep="\n")
 
 
 def compare(  # noqa: PLR0913, PLR0917 (every option of the contract)

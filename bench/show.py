@@ -45,6 +45,7 @@ def listing(what: str) -> None:
     from attacks import ATTACKS
     from bench import tables
     from bench.data import DATASETS
+    from bench.figures import available_figures, load_figure
     from bench.registry import from_file, registered
     from bench.suites import available, load_suite, unknown
 
@@ -55,6 +56,7 @@ def listing(what: str) -> None:
         "suites": lambda: {name: load_suite(name).description for name in available()},
         "tables": lambda: {"summary": f"every number of a suite; formats {', '.join(tables.FORMATS)}", **_papers(Path("runs"))},
         "datasets": lambda: {name: f"{facts.classes} classes, {facts.shape}" for name, facts in DATASETS.items()},
+        "figures": lambda: {name: load_figure(name).title for name in available_figures()},
     }
     if what.endswith(".py"):
         kinds = {what: lambda: {name: _first_line(defense) for name, (defense, _) in from_file(Path(what)).items()}}

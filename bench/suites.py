@@ -6,6 +6,7 @@ import copy
 import difflib
 import re
 import tomllib
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -229,12 +230,12 @@ def _at_budget(raw: dict[str, Any], budget: str) -> dict[str, Any]:
     return raw
 
 
-def explain(error: ValidationError, *above: str) -> str:
-    """The first few problems of a suite file, in words; ``above`` is where in the file they are."""
+def explain(error: ValidationError, *above: str, kinds: Collection[str] = KINDS) -> str:
+    """The first few problems of a file, in words; ``above`` is where in the file they are."""
     problems = []
     for item in error.errors()[:3]:
-        # Pydantic puts the kind between an evaluation's name and its key; the file has no such level.
-        place = ".".join(str(part) for i, part in enumerate((*above, *item["loc"])) if not (i == 2 and part in KINDS))
+        # Pydantic puts the kind between an evaluation's (or a panel's) name and its key; the file has no such level.
+        place = ".".join(str(part) for i, part in enumerate((*above, *item["loc"])) if not (i == 2 and part in kinds))
         text = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             problems.append(f"{place}: unknown key")

@@ -14,6 +14,7 @@ from bench.plots.kernels import kernels
 from bench.plots.noise import noise
 from bench.plots.robust import robust
 from bench.plots.saliency import saliency
+from bench.plots.style import save
 from bench.plots.training import training
 from bench.plots.transfer import differences, transfer
 from bench.plots.variance import variance
@@ -69,7 +70,7 @@ def _write(figures: dict[str, Figure | None], out: Path) -> list[Path]:
             out.mkdir(parents=True, exist_ok=True)
             for kind in ("pdf", "png"):
                 files.append(out / f"{name}.{kind}")
-                figure.savefig(files[-1], dpi=200)
+                save(figure, files[-1])
     return sorted(files)
 
 

@@ -62,16 +62,26 @@ def activations(records: Sequence[Record]) -> Figure | None:
     figure, panels = sheet(len(groups), list(chosen), lines)
     several = len({name for (name, _), _ in groups}) > 1
     for axes, ((name, variant), group) in zip(panels, groups, strict=True):
-        for source in LOOKS:
-            _curve(axes, [_layers(record, source) for record in group], source)
+        depth(axes, group)
         axes.set_title(broken(f"{variant}, {name}" if several else variant, TITLE), fontsize=8)
-        axes.set(xlabel="convolution, in order", ylabel=r"$\|\Delta\|\ /\ \|y\|$ of its activations", yscale="log")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    alike(panels)
+    _legend(figure, panels[0])
+    return figure
+
+
+def depth(axes: Axes, records: Sequence[Record]) -> None:
+    """The relative change of activations against depth, of several seeds their mean."""
+    for source in LOOKS:
+        _curve(axes, [_layers(record, source) for record in records], source)
+    axes.set(xlabel="convolution, in order", ylabel=r"$\|\Delta\|\ /\ \|y\|$ of its activations", yscale="log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def alike(panels: Sequence[Axes]) -> None:
+    """The same range on all vertical axes."""
     ends = [axes.get_ylim() for axes in panels]
     for axes in panels:
         axes.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
-    _legend(figure, panels[0])
-    return figure
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
@@ -118,12 +128,17 @@ def histograms(records: Sequence[Record], store: Store) -> list[Figure]:
     first, middle and last layer, then the relative changes of these layers over images."""
     found: dict[tuple[str, str], tuple[Record, pd.DataFrame]] = {}
     for record in _chosen(records):
-        rows = store.rows(record)
-        kept = rows[(rows.eps == middle(record)) & rows.clean_correct & (rows["size"] > 0)]
+        kept = counted(record, store)
         if (kept.kernel >= 0).any() and _panel(record) not in found:
             found[_panel(record)] = record, kept
     shown = list(found.values())
     return [_page(shown[start : start + ROWS]) for start in range(0, len(shown), ROWS)]
+
+
+def counted(record: Record, store: Store) -> pd.DataFrame:
+    """Rows at the middle eps, of images that are right as they are."""
+    rows = store.rows(record)
+    return rows[(rows.eps == middle(record)) & rows.clean_correct & (rows["size"] > 0)]
 
 
 def _page(shown: Sequence[tuple[Record, pd.DataFrame]]) -> Figure:
@@ -133,8 +148,8 @@ def _page(shown: Sequence[tuple[Record, pd.DataFrame]]) -> Figure:
     for line, (record, kept) in zip(panels, shown, strict=True):
         looks = kept[kept.kernel >= 0].groupby("layer")
         for place, (number, part) in enumerate(looks):
-            _kernel(line[place], part)
-            _images(line[3 + place], kept[kept.layer == number])
+            kernel_changes(line[place], part)
+            layer_changes(line[3 + place], kept[kept.layer == number])
         for axes in line:
             tidy(axes)
             axes.tick_params(labelsize=6)
@@ -154,7 +169,7 @@ def _page(shown: Sequence[tuple[Record, pd.DataFrame]]) -> Figure:
     return figure
 
 
-def _kernel(axes: Axes, part: pd.DataFrame) -> None:
+def kernel_changes(axes: Axes, part: pd.DataFrame) -> None:
     """Changes of one kernel."""
     values = {who: np.concatenate([unpacked(own).astype(float).ravel() for own in part[f"kernel_{who}"]]) for who in LOOKS}
     low, high = np.quantile(np.concatenate(list(values.values())), [0.005, 0.995])
@@ -162,7 +177,7 @@ def _kernel(axes: Axes, part: pd.DataFrame) -> None:
     axes.set_title(f"layer {part.layer.iloc[0]}, kernel {part.kernel.iloc[0]}", fontsize=7)
 
 
-def _images(axes: Axes, part: pd.DataFrame) -> None:
+def layer_changes(axes: Axes, part: pd.DataFrame) -> None:
     """Changes of a layer, on a logarithmic axis: those by noise and by an attack may be far apart."""
     values = {who: (part[who] / part["size"]).to_numpy(float) for who in LOOKS}
     everything = np.concatenate(list(values.values()))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -67,10 +68,8 @@ def _figure(shown: Sequence[tuple[Record, np.ndarray]]) -> Figure:
     )
     panels = figure.subplots(lines, columns, squeeze=False).flatten().tolist()
     for axes, (record, sheet) in zip(panels, shown, strict=False):
-        largest = float(np.abs(sheet).max()) or 1.0
-        axes.imshow(_tiled(0.5 + sheet / (2 * largest)), interpolation="nearest")
         title = broken(f"{record.defense['variant']}, seed {record.seed}", 34)
-        axes.set_title(f"{title} (±{largest:.2g})", fontsize=8)
+        axes.set_title(f"{title} (±{tiles(axes, sheet):.2g})", fontsize=8)
     for axes in panels:
         axes.set_axis_off()
     records = [record for record, _ in shown]
@@ -78,6 +77,13 @@ def _figure(shown: Sequence[tuple[Record, np.ndarray]]) -> Figure:
     words = [f"{suites(records)}; {sources(records)}; {', '.join(architectures)}", *MEANING]
     figure.supxlabel(small_print(words, figure.get_figwidth()), **SMALL)
     return figure
+
+
+def tiles(axes: Axes, sheet: np.ndarray) -> float:
+    """Draw a sheet as :func:`mosaic` gives it; the weight that is brightest."""
+    largest = float(np.abs(sheet).max()) or 1.0
+    axes.imshow(_tiled(0.5 + sheet / (2 * largest)), interpolation="nearest")
+    return largest
 
 
 def _tiled(sheet: np.ndarray, pixel: int = 20) -> np.ndarray:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Sequence
 from operator import attrgetter
+from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -33,19 +36,17 @@ Points = list[tuple[float, float, float | None, float | None]]
 
 
 def points_of(metrics: list[Metric], place: str | Callable[[Metric], float]) -> Points:
-    """(x, value, lower, upper) in percent, x a field or a function's; several seeds give their mean and no band of one."""
+    """(x, value, lower, upper) in percent, x a field or a function's; of several seeds mean and deviation."""
     x_of = attrgetter(place) if isinstance(place, str) else place
     groups: dict[float, list[Metric]] = {}
     for metric in metrics:
         groups.setdefault(x_of(metric), []).append(metric)
     points: Points = []
     for x, group in sorted(groups.items()):
-        value = 100 * sum(metric.value for metric in group) / len(group)
-        one = group[0]
-        if len(group) == 1 and one.lower is not None and one.upper is not None:
-            points.append((x, value, 100 * one.lower, 100 * one.upper))
-        else:
-            points.append((x, value, None, None))
+        values = [100 * metric.value for metric in group]
+        value, deviation = mean(values), stdev(values) if len(values) > 1 else 0.0
+        ends = (value - deviation, value + deviation) if len(values) > 1 else percent(group[0])
+        points.append((x, value, *ends))
     return points
 
 
@@ -73,43 +74,59 @@ BANDS = 3
 
 
 def styles_of(variants: list[str]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and dashes of each variant; randomised smoothing, the baseline, is grey and dashed."""
+    """Colour, marker and dashes of each variant; randomised smoothing is the baseline."""
     names = sorted(set(variants))
-    baselines = [v for v in names if v.partition("@")[0] == "randsmooth"]
-    others = [v for v in names if v not in baselines]
+    baselines = [name for name in names if name.partition("@")[0] == "randsmooth"]
+    return styles_in_order([name for name in names if name not in baselines], baselines)
+
+
+def styles_in_order(others: Sequence[str], baselines: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and dashes of each name, those of the palette in order; baselines are grey and dashed."""
     styles: dict[str, dict[str, Any]] = {}
-    for index, variant in enumerate(baselines):
-        styles[variant] = {"color": BASELINE, "marker": MARKERS[index % len(MARKERS)], "linestyle": "--"}
-    for index, variant in enumerate(others):
+    for index, name in enumerate(baselines):
+        styles[name] = {"color": BASELINE, "marker": MARKERS[index % len(MARKERS)], "linestyle": "--"}
+    for index, name in enumerate(others):
         turn, place = divmod(index, len(COLOURS))
         # In a second turn through the colours markers and dashes differ.
         marker = MARKERS[(place + 3 * turn) % len(MARKERS)]
-        styles[variant] = {"color": COLOURS[place], "marker": marker, "linestyle": ("-", "-.", ":")[turn % 3]}
+        styles[name] = {"color": COLOURS[place], "marker": marker, "linestyle": ("-", "-.", ":")[turn % 3]}
     return styles
 
 
 def sheet(count: int, records: list[Record], extra: list[str]) -> tuple[Figure, list[Axes]]:
     """Panels in rows of three, and in small print what was measured on what."""
-    columns = min(count, 3)
+    figure, panels = page(count, min(count, 3), (2.9, 2.7))
+    for axes in panels:
+        tidy(axes)
+    images = sorted({f"{r.eval['fields']['images']}" for r in records}, key=int)
+    lines = [f"{suites(records)}; {'/'.join(images)} images of {sources(records)}; {INTERVALS}", *extra]
+    figure.supxlabel(small_print(lines, figure.get_figwidth()), **SMALL)
+    return figure, panels
+
+
+def page(count: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    """Panels of a width and height in inches, in rows."""
     rows = -(-count // columns)
-    figure = Figure(figsize=(max(4.6, 2.9 * columns), 2.7 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(max(4.6, size[0] * columns), size[1] * rows + 0.5), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
     for spare in panels[count:]:
         spare.set_visible(False)
-    for axes in panels[:count]:
-        tidy(axes)
-    images = sorted({f"{r.eval['fields']['images']}" for r in records}, key=int)
-    lines = [f"{suites(records)}; {'/'.join(images)} images of {sources(records)}; bands and bars: 95 % intervals", *extra]
-    figure.supxlabel(small_print(lines, figure.get_figwidth()), **SMALL)
     return figure, panels[:count]
 
+
+INTERVALS = "bands and bars: 95 % intervals; of several seeds mean and deviation"
 
 SMALL: dict[str, Any] = {"fontsize": 6, "color": "#444444"}
 
 
 def suites(records: Sequence[Record]) -> str:
     """What records answer: suites, versions and budgets."""
-    return ", ".join(sorted({f"{r.suite['name']} v{r.suite['version']}, budget {r.suite['budget']}" for r in records}))
+    return ", ".join(sorted({f"{r.suite['name']} v{r.suite['version']}, budget {_budget(r)}" for r in records}))
+
+
+def _budget(record: Record) -> str:
+    budget = record.suite["budget"]
+    return budget if budget == "paper" else f"{budget} (reduced)"
 
 
 def sources(records: Sequence[Record]) -> str:
@@ -125,6 +142,12 @@ def small_print(lines: Sequence[str], width: float) -> str:
 def broken(name: str, letters: int) -> str:
     """A label in lines of so many letters, broken behind commas."""
     return textwrap.fill(", ".join(part.strip() for part in name.split(",")), letters)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure; letters of a PDF are TrueType, since many publishers refuse Type 3."""
+    with rc_context({"pdf.fonttype": 42}):
+        figure.savefig(path, dpi=200)
 
 
 def tidy(axes: Axes) -> None:
@@ -143,10 +166,15 @@ def legend(figure: Figure, panels: list[Axes]) -> None:
         handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     if len(handles) <= BANDS:
         panels[0].legend(fontsize=7, frameon=False)
-        return
+    else:
+        legend_above(figure, handles)
+
+
+def legend_above(figure: Figure, handles: dict[str, Any], title: str = "") -> None:
+    """A legend above all panels, where it covers nothing, and above it a title; handles by label."""
     room = 16 * figure.get_figwidth()  # letters that fit side by side; a handle takes the room of eight
-    columns = max(1, min(5, len(handles), int(room / (max(map(len, handles)) + 8))))
+    columns = max(1, min(6, len(handles), int(room / (max(map(len, handles)) + 8))))
     # The legend gets room of its own: taken from the panels, ten lines of it would leave them flat.
     figure.set_figheight(figure.get_figheight() + 0.15 * -(-len(handles) // columns))
     look: dict[str, Any] = {"ncols": columns, "handlelength": 3.2, "fontsize": 6.5, "frameon": False}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", **look)
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", title=title or None, title_fontsize=10, **look)

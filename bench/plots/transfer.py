@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
@@ -61,10 +63,10 @@ def transfer(records: list[Record]) -> Figure | None:
         spare.set_visible(False)
     several = len({name for (name, _), _ in groups}) > 1
     for axes, ((name, variant), group) in zip(panels, groups, strict=False):
-        shown = _draw(axes, *_grid(group), RATES)
+        shown = heat_map(axes, group)
         title = textwrap.fill(f"{variant}, {name}" if several else variant, int(15 * side))
-        axes.set_title(f"{title}\n{_facts(group)}", fontsize=8)
-    _bar(figure, shown, panels, "target is wrong (%)")
+        axes.set_title(f"{title}\n{facts(group)}", fontsize=8)
+    colour_bar(figure, shown, panels, "target is wrong (%)")
     lines = [
         f"{suites(records)}; {sources(records)}",
         "percentage of the images that all members get right as they are; framed: crafted on the target itself (white-box)",
@@ -95,8 +97,8 @@ def differences(first: list[Record], second: list[Record]) -> Figure | None:
         (names, less), (_, more) = _grid(other), _grid(one)
         apart = [[a - b for a, b in zip(*lines, strict=True)] for lines in zip(more, less, strict=True)]
         shown = _draw(axes, names, apart, POINTS)
-        axes.set_title(f"{name}\n{_facts(one)}", fontsize=8)
-    _bar(figure, shown, panels, "difference (points)")
+        axes.set_title(f"{name}\n{facts(one)}", fontsize=8)
+    colour_bar(figure, shown, panels, "difference (points)")
     records = [record for pair in pairs.values() for group in pair for record in group]
     figure.suptitle(f"{_panel(one[0])[1]} less {_panel(other[0])[1]}", fontsize=9)
     lines = [
@@ -107,8 +109,9 @@ def differences(first: list[Record], second: list[Record]) -> Figure | None:
     return figure
 
 
-def _bar(figure: Figure, shown: AxesImage, panels: list[Axes], label: str) -> None:
-    bar = figure.colorbar(shown, ax=panels, shrink=0.8, aspect=30, pad=0.02)
+def colour_bar(figure: Figure, shown: ScalarMappable, panels: Sequence[Axes], label: str) -> None:
+    """What the colours of heat maps mean, beside all of them."""
+    bar = figure.colorbar(shown, ax=list(panels), shrink=0.8, aspect=30, pad=0.02)
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
 
@@ -142,6 +145,11 @@ def _grid(group: list[Record]) -> tuple[list[str], Grid]:
     return names, [[_mean([matrix.get((i, j)) for matrix in matrices]) for j in names] for i in names]
 
 
+def heat_map(axes: Axes, records: list[Record]) -> AxesImage:
+    """Transfer rates of a defense, the mean over seeds."""
+    return _draw(axes, *_grid(records), RATES)
+
+
 def _draw(axes: Axes, names: list[str], grid: Grid, look: Look) -> AxesImage:
     """One heat map; what is crafted on its own target, the white-box attack, has a frame."""
     low, high = look.ends
@@ -171,11 +179,16 @@ def _mean(numbers: list[Metric | None]) -> float:
     return sum(values) / len(values)
 
 
-def _facts(group: list[Record]) -> str:
-    """The budget, and how many images count."""
+def facts(group: list[Record]) -> str:
+    """Norm and budget, and how many images count."""
     norm = {"linf": r"\ell_\infty", "l2": r"\ell_2"}[group[0].eval["fields"]["norm"]]
+    return f"${norm}$, {counted(group)}"
+
+
+def counted(group: list[Record]) -> str:
+    """The budget, and how many images count."""
     counts = sorted({metric.n for record in group for metric in matrix_of(record).values()}) or [0]
     images = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
     seeds = f", mean of {len(group)} seeds" if len(group) > 1 else ""
     of = group[0].eval["fields"]["images"]
-    return f"${norm}$, $\\epsilon$ = {middle(group[0]):.4g}; {images} of {of} images{seeds}"
+    return f"$\\epsilon$ = {middle(group[0]):.4g}; {images} of {of} images{seeds}"

@@ -23,15 +23,15 @@ def variance(records: list[Record]) -> Figure | None:
     seeds = {record.seed for record in records}
     for row, record in enumerate(records):
         left, middle, right = panels[3 * row : 3 * row + 3]
-        _margin(left, record)
-        _radii(middle, record)
-        _samples(right, record)
+        margin(left, record)
+        radii(middle, record)
+        samples(right, record)
         seed = f", seed {record.seed}" if len(seeds) > 1 else ""
         left.set_title(rf"{without_sigma(record.defense['variant'])}, $\sigma$ = {sigma_of(record):g}{seed}", fontsize=9)
     return figure
 
 
-def _margin(axes: Axes, record: Record) -> None:
+def margin(axes: Axes, record: Record) -> None:
     """Measured variance of the first k members' margin, and the curve of the fitted correlation."""
     measured = [m for m in record.metrics if m.metric == "margin_variance_ratio"]
     zeta = next(m.value for m in record.metrics if m.metric == "margin_correlation_fitted")
@@ -45,7 +45,7 @@ def _margin(axes: Axes, record: Record) -> None:
     axes.legend(fontsize=6, frameon=False)
 
 
-def _radii(axes: Axes, record: Record) -> None:
+def radii(axes: Axes, record: Record) -> None:
     """ACR of the first k members at the largest n."""
     most = max(record.eval["fields"]["n"])
     chosen = [m for m in record.metrics if m.metric == "acr" and m.draws == most]
@@ -55,7 +55,7 @@ def _radii(axes: Axes, record: Record) -> None:
     axes.legend(fontsize=6, frameon=False)
 
 
-def _samples(axes: Axes, record: Record) -> None:
+def samples(axes: Axes, record: Record) -> None:
     """Certified accuracy at the largest radius asked for: one network with more samples, or more members with few."""
     found = [m for m in record.metrics if m.metric == "certified_accuracy"]
     radius = max(m.radius or 0.0 for m in found)
@@ -71,4 +71,5 @@ def _samples(axes: Axes, record: Record) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.legend(fontsize=6, frameon=False)
+    axes.margins(y=0.25)  # room for the legend above the lines
+    axes.legend(fontsize=6, frameon=False, loc="upper left")

@@ -1,0 +1,132 @@
+"""The records behind a declared figure: of each panel, what of it is missing, and the words about it all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from bench.columns import certificate, crafted
+from bench.figures import Curves, Figure, View
+from bench.plots.panels import values
+from bench.plots.style import INTERVALS, sources, suites
+from bench.store import Record
+from bench.wanted import Hole, Shelf, commands
+
+ROWS = ("kernels", "kernel_changes", "layer_changes")
+"""Panels that are drawn from rows, which a store may lack."""
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A panel with its records.
+
+    Attributes:
+        panel: what was asked.
+        suite: the one that the records answer.
+        found: of each line, by label, its records, a seed each, by their place on the axis where there is one.
+        holes: what is missing.
+        empty: labels of the lines with nothing to draw.
+    """
+
+    panel: Curves | View
+    suite: str
+    found: dict[str, dict[float | None, list[Record]]]
+    holes: list[Hole]
+    empty: list[str]
+
+    @property
+    def records(self) -> list[Record]:
+        return [record for places in self.found.values() for records in places.values() for record in records]
+
+    @property
+    def asked(self) -> int:
+        """How many results the panel is made of."""
+        return sum(len(places) for places in self.found.values())
+
+    @property
+    def partly(self) -> list[str]:
+        """Labels of the lines that lack some of their places."""
+        return [label for label, places in self.found.items() if label not in self.empty and not all(places.values())]
+
+
+def fill(panel: Curves | View, shelf: Shelf) -> Filled:
+    """A panel with the records of that of its suites which has them for the most lines, the first of equals."""
+    return max((_of_suite(panel, suite, shelf) for suite in panel.suite), key=lambda one: len(one.found) - len(one.empty))
+
+
+def _of_suite(panel: Curves | View, suite: str, shelf: Shelf) -> Filled:
+    needs, holes, empty = panel.needs(suite), [], []
+    found = {label: {x: shelf.of(need) for x, need in places.items()} for label, places in needs.items()}
+    for label, places in found.items():
+        where = panel.title if isinstance(panel, View) else f"{panel.title}: {label}"
+        lost = "" if _drawable(panel, places, shelf) else _LOST[panel.kind in ROWS]
+        for x, need in needs[label].items():
+            reason = lost if places[x] else shelf.reason(need)
+            holes += [Hole(where, need, reason)] if reason else []
+        empty += [label] if lost else []
+    return Filled(panel, suite, found, holes, empty)
+
+
+_LOST = {False: "the record has no such number", True: "the record's rows are missing"}
+
+
+def _drawable(panel: Curves | View, places: dict[float | None, list[Record]], shelf: Shelf) -> bool:
+    """Whether there is anything to draw."""
+    if isinstance(panel, Curves):
+        return bool(values(panel, places))
+    records = [record for records in places.values() for record in records]
+    return bool(records) and (panel.kind not in ROWS or shelf.store.path(records[0]).with_suffix(".parquet").exists())
+
+
+def facts(filled: Sequence[Filled]) -> list[str]:
+    """What was measured on what, a sentence a suite, of everything that is shown."""
+    records = sorted((record for one in filled for record in one.records), key=_suite)
+    told = [_fact(list(group)) for _, group in groupby(records, key=_suite)]
+    return [*told, INTERVALS] if told and any(isinstance(one.panel, Curves) for one in filled) else told
+
+
+def _suite(record: Record) -> str:
+    return str(record.suite["name"])
+
+
+def _fact(records: list[Record]) -> str:
+    """What was measured on what, of the records of one suite."""
+    networks = ", ".join(sorted({str(record.task.get("architecture")) for record in records}))
+    counts = sorted({r.eval["fields"].get("images", 0) for r in records if r.eval["fields"].get("kind") != "kernels"})
+    images = f"{'/'.join(map(str, counts))} images of " if counts else ""
+    ways = sorted({way for record in records if (way := _way(record))})
+    return "; ".join([f"{suites(records)}: {networks}, {images}{sources(records)}", *ways])
+
+
+def _way(record: Record) -> str:
+    """How a record's numbers were made, in words."""
+    fields = record.eval["fields"]
+    if fields.get("kind") == "variance":
+        return "n0 = {n0} draws to select (not in k n), alpha = {alpha:g}".format(**fields)
+    if "estimator" in fields:
+        return f"{record.eval['name']}: {certificate(record)}"
+    return f"{record.eval['name']}: {crafted(record)}" if "attack" in fields else ""
+
+
+def explained(figure: Figure) -> list[str]:
+    """Caption and remarks, a line each."""
+    return [" ".join(text.split()) for text in (figure.caption, *figure.remarks)]
+
+
+def holes(filled: Sequence[Filled]) -> list[Hole]:
+    """Everything that is missing."""
+    return [hole for one in filled for hole in one.holes]
+
+
+def words(figure: Figure, filled: Sequence[Filled], budget: str) -> str:
+    """The text beside a figure: what it shows, and the commands that would fill its holes."""
+    return "\n\n".join([figure.title, *explained(figure), *facts(filled), *_missing(holes(filled), budget)]) + "\n"
+
+
+def _missing(gaps: Sequence[Hole], budget: str) -> Iterator[str]:
+    if gaps:
+        yield "\n".join([f"Missing at budget {budget}:", *(f"- {hole.where}: {hole.reason}" for hole in gaps)])
+    fills = commands(gaps, budget)
+    if fills:
+        yield "\n".join(["What would make it:", *fills])
