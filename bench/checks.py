@@ -16,7 +16,7 @@ from bench.jobs import weights_hash
 from bench.mismatch import Mismatch, brief, differing, equal, named, same_rows, settings_of
 from bench.restore import Case, Impossible
 from bench.store import Finding, Metric, Store, as_json
-from bench.suites import available, load_suite
+from bench.suites import SuiteError, available, load_suite
 from defenses.recipe import settings
 
 
@@ -27,11 +27,31 @@ def request(case: Case) -> Iterator[Mismatch]:
     there = Path(*case.path.absolute().parts[-len(place.parts) :])
     if there != place:
         yield Mismatch("place of the record", there, place)
-    yield from differing(record.defense["fields"], as_json(settings(case.variant.defense)), "defense.fields")
+    unknown = []
+    for part in (_of_defense, _of_suite):
+        try:
+            yield from part(case)
+        except Impossible as reason:
+            unknown.append(str(reason))
+    if unknown:
+        raise Impossible("; ".join(unknown))
+
+
+def _of_defense(case: Case) -> Iterator[Mismatch]:
+    """What the label says of the defense's fields."""
+    yield from differing(case.record.defense["fields"], as_json(settings(case.variant.defense)), "defense.fields")
+
+
+def _of_suite(case: Case) -> Iterator[Mismatch]:
+    """What the suite asks, of any defense."""
+    record = case.record
     name, own = record.suite["name"], record.eval["name"]
     if name not in available():
         raise Impossible(f"no suite {name!r} comes with this version")
-    suite = load_suite(name, record.suite["budget"])
+    try:
+        suite = load_suite(name, record.suite["budget"])
+    except SuiteError as error:  # of a broken plug-in, or at a budget that there is not
+        raise Impossible(f"the suite {name!r} cannot be used here: {error}") from error
     if suite.version != record.suite["version"]:
         raise Impossible(f"the suite {name} is at version {suite.version} here, not {record.suite['version']}")
     if own not in suite.evals:
@@ -40,7 +60,8 @@ def request(case: Case) -> Iterator[Mismatch]:
     wanted = suite.evals[own].resolved(case.outline)
     wanted.pop("engine_version", None)
     # What a record of before some field does not say is today's default.
-    given = {**case.evaluation.resolved(case.outline), **record.eval["fields"]}
+    known = case.evaluation.resolved(case.outline) if case.attack_known else {}
+    given = {**known, **record.eval["fields"]}
     yield from differing({key: given.get(key) for key in wanted}, wanted, "eval.fields")
     yield from differing(record.task["recipe"], as_json(settings(suite.training())), "task.recipe")
     roles = {role: as_json(settings(suite.training(role))) for role in suite.roles}

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from bench import options
-from bench.options import FAILED, INTERRUPTED, WRONG, Data, Runs, SuiteName
+from bench.options import FAILED, INTERRUPTED, WRONG, Data, OwnFile, Runs, SuiteName
 from bench.reading import COMMANDS
 
 app = typer.Typer(
@@ -119,9 +119,9 @@ def list_(
     ] = "",
 ) -> None:
     """Show what there is."""
-    from bench import show
+    from bench.listing import listing
 
-    show.listing(what)
+    listing(what)
 
 
 @app.command()
@@ -134,6 +134,32 @@ def status(runs: Runs = Path("runs")) -> None:
 
 for _command in COMMANDS:
     app.command()(_command)
+
+
+@app.command()
+def submit(  # noqa: PLR0913, PLR0917 (everything that is asked for)
+    run: Annotated[Path, typer.Argument(help="RUNS/SUITE/VARIANT, or a budget or seed below")],
+    name: Annotated[str, typer.Option(help="what the board calls it")] = "",
+    paper: Annotated[str, typer.Option(help="address of the paper, or none")] = "",
+    code: Annotated[str, typer.Option(help="address of the code, or none")] = "",
+    contact: Annotated[str, typer.Option(help="e-mail address or page; everybody will see it")] = "",
+    defense: OwnFile = None,
+    data: Data = None,
+    out: Annotated[Path | None, typer.Option("--out", help="folder of results; default: the checkout's")] = None,
+) -> None:
+    """Verify a run and put its records under leaderboards/results; exit code 1 if it is refused."""
+    from bench import environment, submit, verify
+    from bench.progress import Progress
+
+    place = out or submit.results()
+    submit.variant_of(run)
+    prompt = options.ask if sys.stdin.isatty() else None
+    answers = submit.asked({"name": name, "paper": paper, "code": code, "contact": contact}, prompt)
+    environment.one_thread()
+    reports = verify.verify(run.resolve(), data, progress=Progress(sys.stderr), file=defense)
+    print(verify.render(reports))
+    folder, new = submit.submit(run, reports, answers, place)
+    print(f"written to {folder}" if new else f"{folder} has all of it already")
 
 
 @app.command()

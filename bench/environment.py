@@ -118,12 +118,24 @@ def doctor(data: Path | None, runs: Path) -> list[tuple[str, bool, str]]:
             checks.append((f"data {name}", True, f"{len(images)} test images, {images.source}"))
         except DataError as error:
             checks.append((f"data {name}", True, f"not at hand: {str(error)[:120]}"))
-    warnings: list[str] = []
     try:
-        found = registered(warnings)
-        checks.append(("defenses", not warnings, "; ".join(warnings) or f"{len(found)} registered"))
+        checks.append(("defenses", True, f"{len(registered())} registered"))
     except RegistryError as error:
         checks.append(("defenses", False, str(error)))
+    else:
+        checks += _plugins()
     place = next(folder for folder in (runs, *runs.absolute().parents) if folder.exists())
     checks.append(("runs folder", os.access(place, os.W_OK), str(runs)))
     return checks
+
+
+def _plugins() -> list[tuple[str, bool, str]]:
+    """What every installed plug-in brings, and what is wrong with plug-ins."""
+    from bench import plugins, registry, suites
+
+    brought: dict[str, list[str]] = {}
+    for some in (registry.plugged(), plugins.attack_offers(), suites.plugged()):
+        for offer in some.values():
+            brought.setdefault(offer.origin, []).append(offer.name)
+    told = "; ".join(f"{origin}: {', '.join(names)}" for origin, names in sorted(brought.items()))
+    return [("plug-ins", True, told or "none"), *(("plug-ins", False, text) for text in registry.problems())]

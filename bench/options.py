@@ -14,6 +14,7 @@ DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 Runs = Annotated[Path, typer.Option("--runs", help="folder of results")]
 Data = Annotated[Path | None, typer.Option("--data", help="folder of data sets; default: $BENCH_DATA, else a download")]
 SuiteName = Annotated[str, typer.Option("--suite", help="name of a suite, or a .toml file")]
+OwnFile = Annotated[Path | None, typer.Option("--defense", help="your .py file, if the records' defense is in one")]
 Out = Annotated[Path, typer.Option("--out", help="folder to write to")]
 
 
@@ -57,6 +58,19 @@ def radii(text: str) -> list[float] | None:
 def names(text: str) -> tuple[str, ...]:
     """Names between commas: "clean,certified"; none for an empty text."""
     return tuple(filter(None, text.split(",")))
+
+
+def ask(field: str, purpose: str) -> str:
+    """Ask on the terminal for a field of a submission, until the answer can be used."""
+    from bench.submissions import checked
+
+    def usable(text: str) -> str:
+        try:
+            return checked(field, text)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+
+    return str(typer.prompt(f"{field}: {purpose}", value_proc=usable))
 
 
 def check_format(given: str, known: Sequence[str]) -> None:

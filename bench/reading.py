@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bench import options
-from bench.options import FAILED, Data, Out, Runs, SuiteName
+from bench.options import FAILED, Data, Out, OwnFile, Runs, SuiteName
 
 if TYPE_CHECKING:
     from bench.store import Store
@@ -94,6 +94,7 @@ def verify(
     path: Annotated[Path, typer.Argument(help="a record's .json, or a folder above: seed, budget, variant, suite, run folder")],
     data: Data = None,
     sample: Annotated[int, typer.Option(help="images of a certified record that are certified anew")] = 5,
+    defense: OwnFile = None,
     format_: Annotated[str, typer.Option("--format", help="text or json")] = "text",
 ) -> None:
     """Recompute stored numbers from rows, data, weights and adversarial examples; exit code 1 if something does not hold."""
@@ -103,7 +104,7 @@ def verify(
 
     options.check_format(format_, verifier.FORMATS)
     environment.one_thread()  # as `run` does, which measured
-    reports = verifier.verify(path, data, sample, Progress(sys.stderr))
+    reports = verifier.verify(path, data, sample, Progress(sys.stderr), defense)
     print(verifier.render(reports, format_))
     if any(report.mismatches for report in reports):
         raise typer.Exit(FAILED)

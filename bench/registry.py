@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import pkgutil
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from importlib.metadata import entry_points
+from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import defenses
+from bench import suites
+from bench.plugins import RESERVED, Offer, attack_offers, executed, instances, offers
 from bench.suites import unknown
-from defenses.api import Defense
+from defenses.api import Defense, Task
 
 
 class RegistryError(ValueError):
@@ -31,7 +30,7 @@ class Variant:
         name: registered name.
         label: name, modifiers, and the fields that differ from the registered instance, e.g. "cear_rw@sigma=0.5", "smd+eat".
         defense: the instance.
-        module: where it is defined.
+        module: where it is defined: a module, a plug-in, or a file.
     """
 
     name: str
@@ -40,55 +39,83 @@ class Variant:
     module: str
 
 
-def registered(warnings: list[str] | None = None) -> dict[str, tuple[Defense, str]]:
-    """All defenses by name, with the module each is defined in. A broken plug-in becomes a warning that names it.
+@cache
+def own() -> dict[str, tuple[Defense, str]]:
+    """The project's defenses by name, with the module each is defined in.
 
     Raises:
         RegistryError: if two modules define the same name.
     """
-    modules: list[ModuleType] = [
-        importlib.import_module(f"defenses.{info.name}") for info in pkgutil.iter_modules(defenses.__path__)
-    ]
-    for point in entry_points(group="bench.defenses"):
-        try:
-            modules.append(point.load())
-        except Exception as error:  # a plug-in may fail in any way and must not stop the rest
-            if warnings is not None:
-                warnings.append(f"plug-in {point.name} ({point.value}) cannot be loaded: {error}")
     found: dict[str, tuple[Defense, str]] = {}
-    for module in modules:
+    for info in pkgutil.iter_modules(defenses.__path__):
+        module = importlib.import_module(f"defenses.{info.name}")
         for name, defense in instances(module).items():
             if name in found and found[name][0] is not defense:
                 raise RegistryError(f"defense {name!r} is defined in {found[name][1]} and in {module.__name__}; rename one")
             found.setdefault(name, (defense, module.__name__))
-    return dict(sorted(found.items()))
+    return found
 
 
-def instances(module: ModuleType) -> dict[str, Defense]:
-    """Defenses at the top level of a module, by variable name."""
-    return {name: value for name, value in vars(module).items() if isinstance(value, Defense) and not name.startswith("_")}
+def plugged(warnings: list[str] | None = None) -> dict[str, Offer]:
+    """The defenses of installed plug-ins by name; ``warnings`` are told of plug-ins that are left out."""
+    return offers("defenses", {name: defense for name, (defense, _) in own().items()}, warnings)
+
+
+def registered(warnings: list[str] | None = None) -> dict[str, tuple[Defense, str]]:
+    """All defenses by name, with the module or plug-in each is from. A broken plug-in becomes a warning that names it."""
+    return dict(sorted({**own(), **{name: (offer.thing, offer.origin) for name, offer in plugged(warnings).items()}}.items()))
+
+
+def problems() -> list[str]:
+    """What is wrong with installed plug-ins, a line each."""
+    found: list[str] = []
+    for look in (plugged, attack_offers, suites.plugged):
+        look(found)
+    for name, offer in suites.plugged().items():
+        try:
+            suites.load_suite(name)
+        except Exception as error:
+            found.append(f"plug-in {offer.origin}: suite {name} cannot be used: {error}")
+    return found
+
+
+def packages(variant: Variant, others: Sequence[str], attack: str, suite: str) -> dict[str, str]:
+    """Versions of the plug-ins that bring what a record is made with, by package: defenses, attack and suite."""
+    names = [variant.name, *(resolve(spec, {})[0].name for spec in others if spec not in RESERVED)]
+    needed = [plugged().get(name) for name in names] + [attack_offers().get(attack), suites.plugged().get(suite)]
+    return {offer.package: offer.version for offer in needed if offer is not None}
+
+
+def suited(task: Task, warnings: list[str] | None = None) -> list[str]:
+    """Names of the registered defenses that make sense on a task. A plug-in that cannot say so is left out, with a warning."""
+    names = [name for name, (defense, _) in own().items() if not defense.unsuited(task)]
+    for name, offer in plugged().items():
+        try:
+            names += [] if offer.thing.unsuited(task) else [name]
+        except Exception as error:  # see plugins: it must not stop the rest
+            if warnings is not None:
+                warnings.append(f"plug-in {offer.origin}: {name} is left out: {type(error).__name__}: {error}")
+    return sorted(names)
 
 
 def from_file(path: Path) -> dict[str, tuple[Defense, str]]:
     """The defenses of a user's file.
 
     Raises:
-        RegistryError: if there is no such file, it does not import, or it defines none.
+        RegistryError: if there is no such file, it does not import, it defines none, or one whose name is in use.
     """
-    if not path.is_file():
-        raise RegistryError(f"there is no file {path}")
-    name = f"bench_file_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise RegistryError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+        module = executed(path)
+    except ValueError as error:
+        raise RegistryError(str(error)) from error
     found = {key: (defense, str(path)) for key, defense in instances(module).items()}
     if not found:
         raise RegistryError(f"{path} defines no defense; a module-level instance of a Defense subclass is what counts")
+    known = registered()
+    for name, (defense, _) in found.items():
+        if name in RESERVED or (name in known and known[name][0] is not defense):
+            whose = known[name][1] if name in known else "the command line"
+            raise RegistryError(f"{path}: {name} is a name of {whose} already; rename yours")
     return found
 
 

@@ -6,6 +6,7 @@ Nothing is trained, downloaded or written: what is not there makes a check impos
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +22,9 @@ from bench.datasets import DATASETS, DataError
 from bench.evals import KINDS, Evaluation, Skipped, Subject
 from bench.jobs import ITSELF, Fitted, Job, weights_hash
 from bench.parts import PartStore
+from bench.plugins import attack_classes
 from bench.progress import Progress
-from bench.registry import RegistryError, Variant, resolve
+from bench.registry import RegistryError, Variant, from_file, resolve
 from bench.store import EXAMPLES, Record
 from bench.tasks import splits
 from defenses.api import Classifier, Images, Part, Task, Weights
@@ -56,10 +58,12 @@ class Stock:
 
     Args:
         data: folder of data sets; the environment's BENCH_DATA by default.
+        file: a user's file in which defenses are looked for before the registered ones.
     """
 
-    def __init__(self, data: Path | None = None) -> None:
+    def __init__(self, data: Path | None = None, file: Path | None = None) -> None:
         self._data = data
+        self._file = file
         self._kept: dict[str, tuple[str, Any]] = {}
 
     def task(self, record: Record, device: str) -> tuple[Task, Images]:
@@ -86,6 +90,19 @@ class Stock:
             return self._keep("images", repr(place), lambda: splits(*place, self._data, download=False))
         except DataError as error:
             raise Impossible(f"no data: {error}") from error
+
+    def variant(self, label: str) -> Variant:
+        """The variant of a label: of the user's file, or registered.
+
+        Raises:
+            Impossible: if there is none. A record never says which file to execute.
+        """
+        try:
+            mine = self._file is not None and re.split(r"\W", label)[0] in from_file(self._file)
+            (variant,) = [] if ".py" in label else resolve(f"{self._file}:{label}" if mine else label, {})
+        except (RegistryError, ValueError) as error:
+            raise Impossible(f"the defense {label!r} is not registered here") from error
+        return variant
 
     def fitted(self, case: Case) -> Subject:
         """The fitted model of a record.
@@ -132,19 +149,6 @@ def bare(record: Record, train: Images, validation: Images, test: Images) -> Tas
     )
 
 
-def named(label: str) -> Variant:
-    """The registered variant of a label.
-
-    Raises:
-        Impossible: if there is none. A record never says which file to execute.
-    """
-    try:
-        (variant,) = [] if ".py" in label else resolve(label, {})
-    except (RegistryError, ValueError) as error:
-        raise Impossible(f"the defense {label!r} is not registered here") from error
-    return variant
-
-
 class Case:
     """A finished record, and what it is held against, made when first asked for.
 
@@ -172,10 +176,15 @@ class Case:
             where = ".".join(map(str, error.errors()[0]["loc"]))
             raise Impossible(f"this version refuses its eval.fields.{where}: {error.errors()[0]['msg']}") from error
 
+    @property
+    def attack_known(self) -> bool:
+        """Whether the record's attack, if it has one, is known here."""
+        return getattr(self.evaluation, "attack", None) in {None, *attack_classes()}
+
     @cached_property
     def variant(self) -> Variant:
         """The defense, by its label."""
-        return named(self.record.defense["variant"])
+        return self._stock.variant(self.record.defense["variant"])
 
     @cached_property
     def outline(self) -> Subject:
@@ -253,7 +262,7 @@ class Case:
     def other(self, spec: str) -> Classifier:
         """The model of another variant whose images attacked this one, of its stored parts."""
         if spec != ITSELF:
-            named(spec)
+            self._stock.variant(spec)
         assert self.fitted.other is not None
         try:
             return self.fitted.other(spec)

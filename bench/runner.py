@@ -14,12 +14,12 @@ from typing import Any
 import pandas as pd
 import torch
 
-from bench import environment
+from bench import environment, registry
 from bench.evals import Evaluation, Skipped, Subject
 from bench.jobs import ITSELF, Fitted, Job, Ready, together, weights_hash
 from bench.partial import StoreError, differences
 from bench.progress import Progress
-from bench.registry import Variant, registered, resolve
+from bench.registry import Variant, resolve
 from bench.store import Finding, Record, Store, as_json
 from bench.suites import SuiteError, load_suite, unknown
 from bench.tasks import prepare
@@ -78,8 +78,10 @@ class Run:
             for spec in evaluation.others:  # a wrong name is better refused before the work than after
                 if spec != ITSELF and len(resolve(spec, {})) != 1:
                     raise SuiteError(f"evals.{name}.sources: one variant each, got {spec!r}")
-        suited = [name for name, (defense, _) in registered().items() if not defense.unsuited(self.task)]
-        self.variants = resolve(request.defense, self.suite.sweep, suited)
+        warnings = registry.problems()
+        self.variants = resolve(request.defense, self.suite.sweep, registry.suited(self.task, warnings))
+        for text in warnings:
+            self.progress.say(text)
         self.store = Store(request.runs)
         self.jobs = list(self._plan())
 
@@ -100,6 +102,7 @@ class Run:
             asked = evaluation.model_dump(mode="json")
         images = self.test.first(evaluation.images)
         roles = {role: as_json(settings(own)) for role, own in self.task.roles.items()}
+        plugged = registry.packages(variant, evaluation.others, getattr(evaluation, "attack", ""), self.request.suite)
         return Record(
             status="running",
             suite={"name": self.suite.name, "version": self.suite.version, "budget": self.suite.budget},
@@ -116,7 +119,11 @@ class Run:
             },
             hashes={"train": self.task.train.hash, "images": images.hash, "data": images.source},
             numerics={**_numerics(evaluation), "rng": f"torch-{torch.device(self.device).type}"},
-            made={**environment.code(), "versions": environment.versions(), "device": environment.device_name(self.device)},
+            made={
+                **environment.code(),
+                "versions": environment.versions() | plugged,
+                "device": environment.device_name(self.device),
+            },
         )
 
     def missing(self) -> list[Job]:

@@ -1,4 +1,4 @@
-"""What a run, a list, a look at a run folder and a comparison of engines print. Heavy imports wait for who needs them."""
+"""What a run, a look at a run folder and a comparison of engines print. Heavy imports wait for who needs them."""
 
 from __future__ import annotations
 
@@ -36,53 +36,6 @@ def finished(root: Path, suite: str, records: list[Record]) -> None:
     print(f"\nrecords: {root / suite}\nplots:   {', '.join(str(path) for path in drawn if path.suffix == '.png')}")
 
 
-def listing(what: str) -> None:
-    """Print what there is: everything, one kind of things, or the defenses of a user's file.
-
-    Raises:
-        ValueError: for an unknown kind.
-    """
-    from attacks import ATTACKS
-    from bench import tables
-    from bench.data import DATASETS
-    from bench.figures import available_figures, load_figure
-    from bench.registry import from_file, registered
-    from bench.suites import available, load_suite, unknown
-
-    warnings: list[str] = []
-    kinds = {
-        "defenses": lambda: {name: _first_line(defense) for name, (defense, _) in registered(warnings).items()},
-        "attacks": lambda: {name: _first_line(attack) for name, attack in ATTACKS.items()},
-        "suites": lambda: {name: load_suite(name).description for name in available()},
-        "tables": lambda: {"summary": f"every number of a suite; formats {', '.join(tables.FORMATS)}", **_papers(Path("runs"))},
-        "datasets": lambda: {name: f"{facts.classes} classes, {facts.shape}" for name, facts in DATASETS.items()},
-        "figures": lambda: {name: load_figure(name).title for name in available_figures()},
-    }
-    if what.endswith(".py"):
-        kinds = {what: lambda: {name: _first_line(defense) for name, (defense, _) in from_file(Path(what)).items()}}
-    elif what and what not in kinds:
-        raise ValueError(f"list: {unknown(what, kinds)}, or a .py file")
-    for kind in [what] if what else list(kinds):
-        print(f"{kind}:")
-        for name, text in kinds[kind]().items():
-            print(f"  {name:24}{text}")
-    for warning in warnings:
-        print(warning, file=sys.stderr)
-
-
-def _papers(runs: Path) -> dict[str, str]:
-    """The tables of papers, and how many of their cells a run folder fills."""
-    from bench.papers.join import filled
-    from bench.papers.layout import available, load
-
-    found = {}
-    for name in available():
-        layout = load(name)
-        budget, count, cells = filled(layout, Store(runs))
-        found[name] = f"{layout.title} ({count} of {cells} cells in ./{runs}{f', budget {budget}' if count else ''})"
-    return found
-
-
 def reproduced(layout: Layout, wish: Wish, progress: Progress, dry_run: bool) -> bool:
     """Print a table's plan, run what is missing unless ``dry_run``, and print the table; whether everything could be done."""
     from bench.papers import formats, join, reproduce
@@ -95,10 +48,6 @@ def reproduced(layout: Layout, wish: Wish, progress: Progress, dry_run: bool) ->
     records = reproduce.execute(steps)
     print("\n" + formats.render(join.join(layout, Store(wish.runs), wish.budget)))
     return all(step.run for step in steps) and all(record.status != "error" for record in records)
-
-
-def _first_line(thing: object) -> str:
-    return (thing.__doc__ or "").strip().splitlines()[0]
 
 
 def states(runs: Path) -> None:

@@ -15,6 +15,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from bench.data import DATASETS, Dataset
 from bench.evals import KINDS, Evaluation
+from bench.plugins import Offer, add_attack, offers
 from bench.store import Strict
 from defenses.api import Recipe
 from defenses.nets import check_architectures
@@ -127,8 +128,23 @@ def unknown(given: str, known: Any) -> str:
 
 
 def available() -> list[str]:
-    """Names of the suites that come with the project."""
-    return sorted(path.stem for path in SUITES.glob("*.toml"))
+    """Names of the suites that come with the project, and of those of installed plug-ins."""
+    return sorted({*_own(), *plugged()})
+
+
+def plugged(warnings: list[str] | None = None) -> dict[str, Offer]:
+    """The suites of installed plug-ins by name; ``warnings`` are told of plug-ins that are left out."""
+    return offers("suites", _own(), warnings)
+
+
+def _own() -> dict[str, Path]:
+    return {path.stem: path for path in SUITES.glob("*.toml")}
+
+
+def _located(name: str) -> Path | None:
+    """The file of a suite that is known by name."""
+    own = SUITES / f"{name}.toml"
+    return own if own.is_file() else plugged()[name].thing if name in plugged() else None
 
 
 def load_suite(name: str | Path, budget: str = "quick") -> Suite:
@@ -139,8 +155,8 @@ def load_suite(name: str | Path, budget: str = "quick") -> Suite:
     """
     if budget not in BUDGETS:
         raise SuiteError(f"budget: {unknown(budget, BUDGETS)}")
-    path = Path(name) if str(name).endswith(".toml") else SUITES / f"{name}.toml"
-    if not path.is_file():
+    path = Path(name) if str(name).endswith(".toml") else _located(str(name))
+    if path is None or not path.is_file():
         raise SuiteError(f"suite: {unknown(str(name), available())}, or give the path of a .toml file")
     raw = _read(path, [])
     try:
@@ -158,13 +174,14 @@ def _read(path: Path, children: list[Path]) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise SuiteError(f"{path}: not valid TOML: {error}") from error
     _check_tables(path.name, raw)
+    _add_attacks(path, raw.pop("attacks", {}))
     given = raw.pop("extends", None)
     if given is None:
         return raw
     files = [*children, path]
     chain = " extends ".join([*(file.name for file in files), str(given)])
-    parent = path.parent / given if str(given).endswith(".toml") else SUITES / f"{given}.toml"
-    if not parent.is_file():
+    parent = path.parent / given if str(given).endswith(".toml") else _located(str(given))
+    if parent is None or not parent.is_file():
         near = unknown(str(given), available())
         raise SuiteError(f"{chain}: {near}, or give the path of a .toml file, from the folder of {path.name}")
     if parent.resolve() in [file.resolve() for file in files]:
@@ -177,12 +194,21 @@ def _read(path: Path, children: list[Path]) -> dict[str, Any]:
 
 def _check_tables(file: str, raw: dict[str, Any]) -> None:
     """Refuse a plain value where merging and budgets expect a table."""
-    found = {key: raw.get(key, {}) for key in ("recipe", "roles", "sweep", "evals", "budget")}
+    found = {key: raw.get(key, {}) for key in ("attacks", "recipe", "roles", "sweep", "evals", "budget")}
     if isinstance(found["budget"], dict):
         found |= {f"budget.{name}": own for name, own in found["budget"].items()}
     for place, value in found.items():
         if not isinstance(value, dict):
             raise SuiteError(f"{file}: {place} must be a table, got {value!r}")
+
+
+def _add_attacks(path: Path, attacks: dict[str, Any]) -> None:
+    """Make known the attacks that a suite file brings along: names, and "FILE.py:CLASS" from its folder."""
+    for name, spec in attacks.items():
+        try:
+            add_attack(name, str(spec), path.parent)
+        except ValueError as error:
+            raise SuiteError(f"{path.name}: {error}") from error
 
 
 def _on_top(file: str, parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from bench import checks, environment
 from bench.mismatch import Mismatch
 from bench.partial import StoreError
 from bench.progress import Progress
+from bench.registry import from_file
 from bench.remeasure import measured
 from bench.restore import Case, Impossible, Stock
 from bench.store import FORMAT, Record, Store
@@ -54,7 +55,9 @@ class Report:
         return "holds in part" if self.not_checked else "holds"
 
 
-def verify(path: Path, data: Path | None = None, sample: int = 5, progress: Progress | None = None) -> list[Report]:
+def verify(
+    path: Path, data: Path | None = None, sample: int = 5, progress: Progress | None = None, file: Path | None = None
+) -> list[Report]:
     """Recompute what can be recomputed of every record at or below a path.
 
     Args:
@@ -62,14 +65,17 @@ def verify(path: Path, data: Path | None = None, sample: int = 5, progress: Prog
         data: folder of data sets; the environment's BENCH_DATA by default.
         sample: images of a certified record that are certified anew.
         progress: where to tell how far it is.
+        file: a .py file of the caller's with defenses of the records; it is executed.
 
     Raises:
-        ValueError: if there is no record, or the sample is negative.
+        ValueError: if there is no record, the sample is negative, or the file has no defense.
     """
     if sample < 0:
         raise ValueError(f"--sample: how many images to certify anew, at least 0, got {sample}")
     paths = find(path)
-    stock, reports = Stock(data), []
+    if file is not None:
+        from_file(file)  # what is wrong with it is better said now than as something that could not be checked
+    stock, reports = Stock(data, file), []
     tell = (progress or Progress(None)).step(f"verifying {path}")
     # Whatever is drawn globally leaves no trace.
     with environment.measuring(), torch.random.fork_rng(devices=[]), tell as report:

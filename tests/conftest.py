@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,15 @@ def tiny(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.toml"
     path.write_text(TINY)
     return path
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+    """``bench WORDS`` in this process and an empty folder; gives the exit code."""
+    from test_cli import call
+
+    monkeypatch.chdir(tmp_path)
+    return lambda *words: call(*words, monkeypatch=monkeypatch)
 
 
 @pytest.fixture(scope="session")

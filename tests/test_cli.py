@@ -26,12 +26,6 @@ def call(*words: str, monkeypatch: pytest.MonkeyPatch) -> int:
     return int(end.value.code or 0)
 
 
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # type: ignore[no-untyped-def]
-    monkeypatch.chdir(tmp_path)
-    return lambda *words: call(*words, monkeypatch=monkeypatch)
-
-
 def test_a_run_prints_numbers_and_where_everything_is(bench, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench("run", "--defense", "cear_rw@members=2", "--suite", str(tiny), "--device", "cpu") == 0
     out = capsys.readouterr().out

@@ -15,10 +15,10 @@ import pandas as pd
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from attacks import ATTACKS
 from attacks.guided import View
 from attacks.minimum_norm import MinimumNorm
 from bench import metrics
+from bench.plugins import attack_classes
 from bench.store import Finding, Metric, Strict
 from defenses.api import Classifier, Images
 
@@ -172,14 +172,14 @@ def refuse_nearest(place: str, attack: str, reason: str, instead: str) -> None:
 
     Args:
         place: names the key in the error.
-        attack: a name of :data:`attacks.ATTACKS`.
+        attack: a name of :func:`bench.plugins.attack_classes`.
         reason: why that point is of no use.
         instead: an attack to give.
 
     Raises:
         ValueError: names the key.
     """
-    if issubclass(ATTACKS[attack], MinimumNorm):
+    if issubclass(attack_classes()[attack], MinimumNorm):
         raise ValueError(
             f"{place}.attack: {attack} looks for the nearest point, {reason}; "
             f"give an attack that uses its budget, such as {instead}"

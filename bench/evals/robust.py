@@ -13,7 +13,7 @@ import pandas as pd
 from pydantic import Field
 from torch import Tensor
 
-from attacks import ATTACKS, Attack, AutoAttack, Eot, Streams
+from attacks import Attack, AutoAttack, Eot, Streams
 from attacks.api import verdicts
 from attacks.checks import CHECKS, inspect
 from attacks.minimum_norm import MinimumNorm
@@ -22,7 +22,8 @@ from attacks.oracle import Oracle, decide
 from attacks.reference import check as check_engine
 from attacks.reference import installed
 from bench.evals.api import Base, Number, Outcome, Piece, Skipped, Subject, check_radii, share
-from bench.store import Finding, Metric
+from bench.plugins import attack_classes
+from bench.store import Finding, Metric, as_json
 from bench.verdicts import HELPS, MASKED, NAMED, within
 from defenses.api import Classifier, Images
 from defenses.smoothing import Smoothed
@@ -60,11 +61,11 @@ class Attacking(Base, ABC):
     engine: str | None = None
 
     def check(self, place: str, shape: tuple[int, int, int]) -> None:
-        if self.attack not in ATTACKS:
-            raise ValueError(f"{place}.attack: unknown {self.attack!r}; known are {', '.join(ATTACKS)}")
+        if self.attack not in attack_classes():
+            raise ValueError(f"{place}.attack: unknown {self.attack!r}; known are {', '.join(attack_classes())}")
         if self.norm not in NORMS:
             raise ValueError(f"{place}.norm: unknown {self.norm!r}; known are {', '.join(NORMS)}")
-        has = [f.name for f in fields(ATTACKS[self.attack])]  # type: ignore[arg-type]
+        has = [f.name for f in fields(attack_classes()[self.attack])]  # type: ignore[arg-type]
         for name in OPTIONS:
             if getattr(self, name) is not None and name not in has:
                 own = ", ".join(option for option in OPTIONS if option in has)
@@ -74,7 +75,7 @@ class Attacking(Base, ABC):
 
     def _plain(self, eps: float) -> Attack:
         """The attack at one budget, as it is."""
-        kind = ATTACKS[self.attack]
+        kind = attack_classes()[self.attack]
         has = {f.name for f in fields(kind)}  # type: ignore[arg-type]
         options = {name: value for name in OPTIONS if name in has and (value := getattr(self, name)) is not None}
         return kind(norm=self.norm, eps=eps, **options)  # type: ignore[call-arg]
@@ -90,8 +91,8 @@ class Attacking(Base, ABC):
         defaults = {f.name: getattr(plain, f.name) for f in fields(plain) if f.name not in skip}  # type: ignore[arg-type]
         engine = {"engine_version": installed()[self.engine]} if self.engine in installed() else {}
         given = {name: value for name, value in self.model_dump(mode="json").items() if value is not None}
-        resolved = {**given, **defaults, **engine}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in resolved.items()}
+        resolved: dict[str, Any] = as_json({**given, **defaults, **engine})
+        return resolved
 
 
 class Robust(Attacking):
@@ -116,7 +117,7 @@ class Robust(Attacking):
 
     def check(self, place: str, shape: tuple[int, int, int]) -> None:
         super().check(place, shape)
-        kind = ATTACKS[self.attack]
+        kind = attack_classes()[self.attack]
         if self.nearest is not None and self.nearest != issubclass(kind, MinimumNorm) and not self.attack.startswith("fab"):
             does = "always" if issubclass(kind, MinimumNorm) else "never"
             raise ValueError(f"{place}.nearest: {self.attack} {does} looks for the nearest point, got {self.nearest}")
@@ -124,7 +125,7 @@ class Robust(Attacking):
     @property
     def looks_for_nearest(self) -> bool:
         """Whether one search serves all eps."""
-        return issubclass(ATTACKS[self.attack], MinimumNorm) if self.nearest is None else self.nearest
+        return issubclass(attack_classes()[self.attack], MinimumNorm) if self.nearest is None else self.nearest
 
     def attacker(self, eps: float, scratch: Path | None = None) -> Attack:
         """The attack at one budget, under noise as its expectation."""
@@ -180,7 +181,7 @@ class Robust(Attacking):
             **{name: values.cpu() for name, values in result.details.items()},
             "x_adv": [point.numpy().tobytes() for point in result.x_adv.float().cpu()],
         }
-        if ATTACKS[self.attack] is AutoAttack:
+        if attack_classes()[self.attack] is AutoAttack:
             columns |= {name: mask.cpu() for name, mask in inspect(model, x, y, streams).items()}
             # What the plan of the cascade depends on.
             columns["classes"] = Oracle(model, streams if model.randomized else None).classes(x)
@@ -209,9 +210,15 @@ class Robust(Attacking):
                 numbers.append(Metric(metric="median_distance", value=middle, n=len(found), unit=f"pixels, {self.norm}"))
         return Outcome(numbers, self._findings(rows))
 
+    @property
+    def _cascade(self) -> AutoAttack | None:
+        """The attack, if it is AutoAttack. Numbers follow from the rows of others even where those are not known."""
+        attack = self._plain(self.eps[0]) if self.attack in attack_classes() else None
+        return attack if isinstance(attack, AutoAttack) else None
+
     def _components(self, classes: int, randomized: bool) -> list[str]:
-        attack = self._plain(self.eps[0])
-        return [name for name, _ in attack.plan(classes, randomized).components] if isinstance(attack, AutoAttack) else []
+        attack = self._cascade
+        return [name for name, _ in attack.plan(classes, randomized).components] if attack else []
 
     def _after_each(self, part: pd.DataFrame, eps: float) -> list[Metric]:
         """Accuracy after each component of a cascade."""
@@ -241,8 +248,8 @@ class Robust(Attacking):
         return found + self._of_cascade(rows)
 
     def _of_cascade(self, rows: pd.DataFrame) -> list[Finding]:
-        attack = self._plain(self.eps[0])
-        if not isinstance(attack, AutoAttack):
+        attack = self._cascade
+        if attack is None:
             return []
         plan = attack.plan(int(rows.classes.iloc[0]), bool(self.noise) or bool(rows.declared.iloc[0]))
         found = [Finding(kind="changed_attack", detail=note) for note in plan.notes]

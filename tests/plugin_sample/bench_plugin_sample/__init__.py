@@ -1,0 +1,1 @@
+"""A plug-in of cear-bench: a defense, an attack, and a suite that uses it."""

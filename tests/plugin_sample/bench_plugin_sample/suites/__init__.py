@@ -1,0 +1,1 @@
+"""Suites of this plug-in: every .toml file here."""
