@@ -156,7 +156,8 @@ def submit(  # noqa: PLR0913, PLR0917 (everything that is asked for)
     prompt = options.ask if sys.stdin.isatty() else None
     answers = submit.asked({"name": name, "paper": paper, "code": code, "contact": contact}, prompt)
     environment.one_thread()
-    reports = verify.verify(run.resolve(), data, progress=Progress(sys.stderr), file=defense)
+    run = run.resolve() if ".." in run.parts else run
+    reports = verify.verify(run, data, progress=Progress(sys.stderr), file=defense)
     print(verify.render(reports))
     folder, new = submit.submit(run, reports, answers, place)
     print(f"written to {folder}" if new else f"{folder} has all of it already")

@@ -86,16 +86,16 @@ def packages(variant: Variant, others: Sequence[str], attack: str, suite: str) -
     return {offer.package: offer.version for offer in needed if offer is not None}
 
 
-def suited(task: Task, warnings: list[str] | None = None) -> list[str]:
-    """Names of the registered defenses that make sense on a task. A plug-in that cannot say so is left out, with a warning."""
+def suited(task: Task) -> tuple[list[str], list[str]]:
+    """Names of the registered defenses that make sense on a task; and :func:`problems`, with plug-ins that cannot say so."""
+    warnings = problems()
     names = [name for name, (defense, _) in own().items() if not defense.unsuited(task)]
     for name, offer in plugged().items():
         try:
             names += [] if offer.thing.unsuited(task) else [name]
         except Exception as error:  # see plugins: it must not stop the rest
-            if warnings is not None:
-                warnings.append(f"plug-in {offer.origin}: {name} is left out: {type(error).__name__}: {error}")
-    return sorted(names)
+            warnings.append(f"plug-in {offer.origin}: {name} is left out: {type(error).__name__}: {error}")
+    return sorted(names), warnings
 
 
 def from_file(path: Path) -> dict[str, tuple[Defense, str]]:

@@ -78,10 +78,10 @@ class Run:
             for spec in evaluation.others:  # a wrong name is better refused before the work than after
                 if spec != ITSELF and len(resolve(spec, {})) != 1:
                     raise SuiteError(f"evals.{name}.sources: one variant each, got {spec!r}")
-        warnings = registry.problems()
-        self.variants = resolve(request.defense, self.suite.sweep, registry.suited(self.task, warnings))
+        suited, warnings = registry.suited(self.task)
         for text in warnings:
             self.progress.say(text)
+        self.variants = resolve(request.defense, self.suite.sweep, suited)
         self.store = Store(request.runs)
         self.jobs = list(self._plan())
 
@@ -102,7 +102,8 @@ class Run:
             asked = evaluation.model_dump(mode="json")
         images = self.test.first(evaluation.images)
         roles = {role: as_json(settings(own)) for role, own in self.task.roles.items()}
-        plugged = registry.packages(variant, evaluation.others, getattr(evaluation, "attack", ""), self.request.suite)
+        attack = getattr(evaluation, "attack", "")
+        versions = environment.versions() | registry.packages(variant, evaluation.others, attack, self.request.suite)
         return Record(
             status="running",
             suite={"name": self.suite.name, "version": self.suite.version, "budget": self.suite.budget},
@@ -119,11 +120,7 @@ class Run:
             },
             hashes={"train": self.task.train.hash, "images": images.hash, "data": images.source},
             numerics={**_numerics(evaluation), "rng": f"torch-{torch.device(self.device).type}"},
-            made={
-                **environment.code(),
-                "versions": environment.versions() | plugged,
-                "device": environment.device_name(self.device),
-            },
+            made={**environment.code(), "versions": versions, "device": environment.device_name(self.device)},
         )
 
     def missing(self) -> list[Job]:

@@ -103,7 +103,7 @@ def submissions(store: Store, problems: list[str] | None = None) -> dict[tuple[s
             wrong.append(str(error))
             continue
         found[own.suite, own.variant] = own
-        changed = [name for name, value in own.files.items() if hashed(path.with_name("") / name) != value]
+        changed = [name for name, value in own.files.items() if hashed(path.parent / name) != value]
         if changed:
             wrong.append(f"{path}: {len(changed)} files are not as they were submitted: {', '.join(sorted(changed)[:3])}")
     if problems is not None:
