@@ -39,7 +39,7 @@ def listing(what: str) -> None:
     for kind in [what] if what else list(kinds):
         print(f"{kind}:")
         for name, text in kinds[kind]().items():
-            print(f"  {name:24}{text}")
+            print(f"  {name:23} {text}")
     for text in problems():
         print(text, file=sys.stderr)
 

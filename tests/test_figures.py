@@ -14,7 +14,6 @@ from conftest import TINY
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
-from test_cli import bench  # noqa: F401 (a fixture)
 from test_plots import words
 from test_store import record
 from test_tables import certified, view
@@ -302,12 +301,12 @@ def test_a_wrong_figure_is_explained(make: Make, panel: str, head: str, message:
         (("--suite", "mnist", "--budget", "quick"), "--budget"),
     ],
 )
-def test_a_wrong_request_is_one_line_and_code_2(bench, given, message, capsys) -> None:  # type: ignore[no-untyped-def] # noqa: F811
+def test_a_wrong_request_is_one_line_and_code_2(bench, given, message, capsys) -> None:  # type: ignore[no-untyped-def]
     assert bench("plot", *given) == 2
     assert message in capsys.readouterr().err and not Path("plots").exists()
 
 
-def test_a_figure_is_three_files_and_is_listed(bench, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def] # noqa: F811
+def test_a_figure_is_three_files_and_is_listed(bench, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
     assert bench("plot", "variance_reduction_samples", "--out", "out") == 0
     out = capsys.readouterr().out.split()
     assert out == [f"out/variance_reduction_samples.{kind}" for kind in ("pdf", "png", "txt")]
