@@ -114,6 +114,28 @@ def as_json(value: Any) -> Any:
     return value if isinstance(value, int | float | str | bool | type(None)) else repr(value)
 
 
+def brief(text: str, longest: int = 300) -> str:
+    """A text, or its beginning and how long it is."""
+    return text if len(text) <= longest else f"{text[:longest]}… ({len(text):,} characters)"
+
+
+_ANSWERS: dict[str, dict[str, type]] = {
+    "suite": {"name": str, "version": int, "budget": str},
+    "defense": {"name": str, "variant": str},
+    "eval": {"name": str, "fields": dict},
+}
+"""What every reader of a record asks of it."""
+
+
+def _unanswered(record: Record) -> str:
+    """The first of :data:`_ANSWERS` that a record does not have, in words; empty if it has all."""
+    for part, fields in _ANSWERS.items():
+        for name, kind in fields.items():
+            if not isinstance(getattr(record, part).get(name), kind):
+                return f"{part}.{name} is missing, or no {kind.__name__}"
+    return ""
+
+
 class Store:
     """A folder of records: ``<suite>/<variant>/<budget>/seed<k>/<eval>.json``.
 
@@ -141,10 +163,14 @@ class Store:
         """Read one record.
 
         Raises:
-            StoreError: if it is damaged or of an unknown format.
+            StoreError: if it is damaged, of an unknown format, or does not say whose it is.
         """
         try:
-            return Record.model_validate_json(path.read_bytes())
+            record = Record.model_validate_json(path.read_bytes())
+            missing = _unanswered(record)
+            if missing:
+                raise ValueError(missing)
+            return record
         except (ValidationError, ValueError) as error:
             first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
             raise StoreError(f"{path} is no record of format {FORMAT} ({first}); move it away and run again") from error
@@ -163,13 +189,18 @@ class Store:
             return None
 
     def records(self, suite: str = "*") -> list[Record]:
-        """All readable records, in a fixed order."""
+        """All readable records, in a fixed order; one that lies in the place of another is left out."""
         found, self.problems = [], []
         for path in sorted(self.root.glob(f"{suite}/*/*/seed*/*.json")):
             try:
-                found.append(self.read(path))
+                record = self.read(path)
             except StoreError as error:
                 self.problems.append(str(error))
+                continue
+            if self.path(record) == path:
+                found.append(record)
+            else:
+                self.problems.append(f"{path} belongs to {brief(str(self.path(record)))}; it was left out")
         return found
 
     def write_rows(self, record: Record, rows: pd.DataFrame) -> None:

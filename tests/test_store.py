@@ -68,6 +68,24 @@ def test_a_damaged_record_is_named_and_the_others_are_read(tmp_path: Path) -> No
     assert str(bad) in store.problems[0]
 
 
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [({"suite": {}}, "suite.name"), ({"eval": {"name": "pgd"}}, "eval.fields"), ({"suite": {"name": "../x"}}, "suite.version")],
+)
+def test_a_record_that_does_not_say_whose_it_is_is_named(tmp_path: Path, part: dict[str, Any], says: str) -> None:
+    store = Store(tmp_path)
+    path = store.write(record())
+    path.write_text(json.dumps({**json.loads(path.read_text()), **part}))
+    assert store.records() == [] and str(path) in store.problems[0] and f"{says} is missing" in store.problems[0]
+
+
+def test_a_record_in_the_place_of_another_is_left_out(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    path = store.write(record())
+    path.write_text(record(suite={"name": "../../x", "version": 1, "budget": "quick"}).model_dump_json())
+    assert store.records() == [] and "belongs to" in store.problems[0]
+
+
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.json"
     write_atomic(path, b"old")
