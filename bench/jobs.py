@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import time
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
@@ -12,12 +13,14 @@ from pathlib import Path
 
 import torch
 
-from bench.evals import Evaluation, Skipped, Subject
+from attacks import Streams
+from attacks.oracle import decide
+from bench.evals import Clean, Evaluation, Skipped, Subject
 from bench.parts import PartStore
 from bench.progress import Progress
 from bench.registry import Variant, resolve
 from bench.store import Record
-from defenses.api import Classifier, Task
+from defenses.api import Classifier, Images, Task
 from defenses.ensemble import share
 
 APART = 1000
@@ -137,6 +140,29 @@ class Fitted:
         sigma, ended = getattr(variant.defense, "sigma", None), parts.ended()
         other = partial(self.other, own=variant, seed=seed)
         return Subject(model, sigma, seed, epoch_seconds=parts.epoch_seconds(), ended=ended, views=views, other=other)
+
+
+def price(one: Ready, test: Images) -> dict[str, float]:
+    """What a fitted defense costs: its parameters, seconds of training an epoch, and, told by the evaluation of clean images,
+    the milliseconds an image of its decision."""
+    subject = one.subject
+    found = {"parameters": float(sum(parameter.numel() for parameter in subject.model.parameters()))}
+    if subject.epoch_seconds is not None:
+        found["training_seconds_per_epoch"] = subject.epoch_seconds
+    if isinstance(one.job.evaluation, Clean):
+        found["forward_milliseconds"] = _forward_milliseconds(subject, test.first(min(100, one.job.evaluation.images)))
+    return found
+
+
+def _forward_milliseconds(subject: Subject, images: Images) -> float:
+    """Of the fastest of three passes, on a machine as busy as it was."""
+    x, seconds = images.floats(), []
+    streams = Streams(subject.seed, "price", ids=images.ids, device=images.pixels.device)
+    for _ in range(3):
+        began = time.perf_counter()
+        decide(subject.model, x, streams).cpu()  # which waits for the device
+        seconds.append(time.perf_counter() - began)
+    return 1000 * min(seconds) / len(images)
 
 
 def weights_hash(model: Classifier) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from bench import environment, registry
 from bench.evals import Evaluation, Skipped, Subject
-from bench.jobs import ITSELF, Fitted, Job, Ready, together, weights_hash
+from bench.jobs import ITSELF, Fitted, Job, Ready, price, together, weights_hash
 from bench.partial import StoreError, differences
 from bench.progress import Progress
 from bench.registry import Variant, resolve
@@ -215,13 +215,12 @@ class Run:
         try:
             outcome = one.job.evaluation.summarise(rows, one.subject)
             facts = one.job.variant.defense.facts(one.subject.model)
+            cost = {**cost, **price(one, self.test)}
         except Exception as error:  # a wrong number is a stored record; the others go on
             self._failed(one.blank, error)
             return
         self.store.write_rows(one.blank, rows)
         unsound = one.job.variant.defense.unsound
-        if one.subject.epoch_seconds is not None:
-            cost = {**cost, "training_seconds_per_epoch": one.subject.epoch_seconds}
         findings = [*outcome.findings, *([Finding(kind="unsound", detail=unsound)] if unsound else [])]
         findings += [Finding(kind="training_ended_early", detail=text) for text in one.subject.ended]
         found = {"metrics": outcome.metrics, "findings": findings, "facts": facts, "cost": cost}

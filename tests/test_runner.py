@@ -18,6 +18,7 @@ from bench.partial import StoreError
 from bench.runner import Request, Run, run
 from bench.store import Store
 from bench.suites import SuiteError
+from defenses.nets import network
 
 
 def request(tiny: Path, **changes: Any) -> Request:
@@ -38,6 +39,14 @@ def test_a_run_stores_a_record_and_rows_for_every_evaluation(tiny: Path) -> None
     clean = store.rows(records[0])
     value = next(m.value for m in records[0].metrics if m.metric == "clean_accuracy")
     assert value == (clean.label == clean.prediction).mean()
+
+
+def test_a_record_tells_what_the_defense_costs(tiny: Path) -> None:
+    job = Run(request(tiny))
+    clean, pgd, _ = job.execute()
+    parameters = sum(own.numel() for own in network(job.task).parameters())
+    assert clean.cost["parameters"] == pgd.cost["parameters"] == parameters > 10_000
+    assert clean.cost["forward_milliseconds"] > 0 and "forward_milliseconds" not in pgd.cost
 
 
 def test_a_second_run_computes_nothing(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
