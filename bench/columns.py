@@ -218,11 +218,11 @@ _KINDS = {
 def heading(key: tuple[Any, ...], several: bool) -> str:
     """Text of a column; a certificate's evaluation is named where a table holds several."""
     _, evaluation, name, value = key
-    text = name if value == BARE else f"{name} {_short(value)}"
+    text = name if value == BARE else f"{name} {short(value)}"
     return f"{evaluation} {text}" if evaluation and several else text
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """0.25 as it is, 0.0313725 as 8/255."""
     parts = round(value * 255)
     in_255ths = parts > 0 and abs(value * 255 - parts) < 1e-9 and len(f"{value:g}") > 6

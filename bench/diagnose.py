@@ -45,47 +45,47 @@ class Sign:
     least: float = -1.0
 
 
-_MASKED, _FALSE, _TOLD = "sign of masked gradients", "cannot be true", "for information"
+MASKED, FALSE, TOLD = "sign of masked gradients", "cannot be true", "for information"
 
 SIGNS = {
     # of attacks
-    "zero_gradients": Sign(True, _MASKED),
-    "zero_gradient": Sign(True, _MASKED),
-    "saturated_loss": Sign(True, _MASKED),
-    "gradient_no_better_than_random": Sign(True, _MASKED),
-    "shattered_gradients": Sign(True, _MASKED),
-    "not_converged": Sign(True, _MASKED),
-    "unbounded_stands": Sign(True, _MASKED),
-    "noise_dependent": Sign(True, _MASKED),
-    "no_expectation": Sign(True, _MASKED),
-    "randomised": Sign(True, _MASKED),
-    "probabilities": Sign(True, _MASKED),
-    "dynamic": Sign(True, _MASKED),
-    "square_helps": Sign(True, _MASKED, least=HELPS),  # methods 8.10; one image of 100 may be luck
-    "accuracy_rises_with_eps": Sign(True, _MASKED),
-    "more_effort_does_less": Sign(True, _MASKED),
-    "black_box_stronger": Sign(True, _MASKED),
-    "worst_case_beaten": Sign(True, _MASKED),
-    "fgsm_stronger_than_pgd": Sign(True, _MASKED),
-    "adaptive_much_stronger": Sign(True, _MASKED),
+    "zero_gradients": Sign(True, MASKED),
+    "zero_gradient": Sign(True, MASKED),
+    "saturated_loss": Sign(True, MASKED),
+    "gradient_no_better_than_random": Sign(True, MASKED),
+    "shattered_gradients": Sign(True, MASKED),
+    "not_converged": Sign(True, MASKED),
+    "unbounded_stands": Sign(True, MASKED),
+    "noise_dependent": Sign(True, MASKED),
+    "no_expectation": Sign(True, MASKED),
+    "randomised": Sign(True, MASKED),
+    "probabilities": Sign(True, MASKED),
+    "dynamic": Sign(True, MASKED),
+    "square_helps": Sign(True, MASKED, least=HELPS),  # methods 8.10; one image of 100 may be luck
+    "accuracy_rises_with_eps": Sign(True, MASKED),
+    "more_effort_does_less": Sign(True, MASKED),
+    "black_box_stronger": Sign(True, MASKED),
+    "worst_case_beaten": Sign(True, MASKED),
+    "fgsm_stronger_than_pgd": Sign(True, MASKED),
+    "adaptive_much_stronger": Sign(True, MASKED),
     # of whatever has numbers
-    "outside_budget": Sign(True, _FALSE),
-    "not_a_number": Sign(True, _FALSE),
-    "unsound": Sign(True, _FALSE),
+    "outside_budget": Sign(True, FALSE),
+    "not_a_number": Sign(True, FALSE),
+    "unsound": Sign(True, FALSE),
     # of certificates
-    "certified_rises_with_radius": Sign(True, _FALSE),
-    "radius_above_ceiling": Sign(True, _FALSE),
-    "radius_above_votes": Sign(True, _FALSE),
-    "certified_above_attacked": Sign(True, _FALSE),
-    "wrong_log": Sign(True, _FALSE),
+    "certified_rises_with_radius": Sign(True, FALSE),
+    "radius_above_ceiling": Sign(True, FALSE),
+    "radius_above_votes": Sign(True, FALSE),
+    "certified_above_attacked": Sign(True, FALSE),
+    "wrong_log": Sign(True, FALSE),
     # for the reader
-    "weak_attack": Sign(False, _TOLD),
-    "unreadable_rows": Sign(False, _TOLD),
-    "adaptive_helps": Sign(False, _TOLD),
-    "changed_attack": Sign(False, _TOLD),
-    "noise_repairs": Sign(False, _TOLD),
-    "training_ended_early": Sign(False, _TOLD),
-    "unreviewed": Sign(False, _TOLD),
+    "weak_attack": Sign(False, TOLD),
+    "unreadable_rows": Sign(False, TOLD),
+    "adaptive_helps": Sign(False, TOLD),
+    "changed_attack": Sign(False, TOLD),
+    "noise_repairs": Sign(False, TOLD),
+    "training_ended_early": Sign(False, TOLD),
+    "unreviewed": Sign(False, TOLD),
 }
 """Every kind of finding; kinds that are not here are for information."""
 
@@ -115,7 +115,7 @@ class Diagnosis:
 
     def flags(self, finding: Finding) -> bool:
         """Whether a finding makes the status "flagged"."""
-        sign = SIGNS.get(finding.kind, Sign(False, _TOLD))
+        sign = SIGNS.get(finding.kind, Sign(False, TOLD))
         if not sign.flags or sign.least < 0:
             return sign.flags
         names = finding.evidence["evaluations"]
@@ -267,7 +267,7 @@ def _sides(diagnosis: Diagnosis) -> dict[str, Diagnosis]:
 
 
 def _means(finding: Finding) -> str:
-    return SIGNS.get(finding.kind, Sign(False, _TOLD)).text
+    return SIGNS.get(finding.kind, Sign(False, TOLD)).text
 
 
 def _lines(diagnosis: Diagnosis, findings: Sequence[Finding]) -> Iterable[str]:
