@@ -19,6 +19,7 @@ from bench.claims import claims
 from bench.diagnose import STATUSES
 from bench.entries import Entry, least, told
 from bench.store import Record, Store, brief, write_atomic
+from bench.submissions import Submission, submissions
 from bench.suites import SUITES
 
 PAGES = SUITES.parent / "pages"
@@ -35,9 +36,11 @@ LARGEST = 1_000_000
 
 def write(stores: list[Store], out: Path) -> Path:
     """Write ``index.html`` from the records of all stores; returns its path."""
-    found, problems = boards([store for store in stores if store.root.exists()])
+    stores = [store for store in stores if store.root.exists()]
+    found, problems = boards(stores)
+    answers = [submissions(store, problems) for store in stores]
     details: list[str] = []
-    shown = [_board(board, stores, details) for board in found]
+    shown = [_board(board, stores, answers, details) for board in found]
     # autoescape is set outright: Jinja's select_autoescape would not escape a template that ends in .j2.
     pages = Environment(loader=FileSystemLoader(PAGES), autoescape=True, undefined=StrictUndefined)
     style = Markup((PAGES / "board.css").read_text())
@@ -71,18 +74,24 @@ def _for_script(data: Any) -> Markup:
     return Markup(text)
 
 
-def _board(board: Board, stores: list[Store], details: list[str]) -> dict[str, Any]:
+Answers = dict[tuple[str, str], Submission]
+"""What submitters say of the entries of a store, by suite and variant."""
+
+
+def _board(board: Board, stores: list[Store], answers: list[Answers], details: list[str]) -> dict[str, Any]:
     columns, rows = board.columns(), []
     keys = [column.key for column in columns]
     for entry in board.entries:
-        printed = claims(entry)
+        printed, number = claims(entry), stores.index(entry.store)
+        submitted = answers[number].get((board.key[0], entry.variant))
         rows.append(
             {
                 "variant": brief(entry.variant, 120),
                 "family": brief(entry.records[0].defense["name"], 120),
                 "members": entry.members,
                 "seeds": [own.place[3] for own in entry.seeds],
-                "store": stores.index(entry.store),
+                "store": number,
+                "submitted": submitted and {"date": str(submitted.date), **submitted.answers.model_dump()},
                 "cells": [entry.numbers.get(column) for column in columns],
                 "claims": [[keys.index(one["column"]), _claim(one)] for one in printed if one["column"] in keys],
                 "unfinished": [brief(text, 120) for text in entry.unfinished()],

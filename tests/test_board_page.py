@@ -239,6 +239,20 @@ def test_without_scripts_every_ranking_is_a_plain_table(browser: Browser, page: 
         browser.call("Emulation.setScriptExecutionDisabled", value=False)
 
 
+def test_who_submitted_an_entry_is_told_and_found(browser: Browser, tmp_path: Path) -> None:
+    store = Store(tmp_path / "runs")
+    put(store, attack("pgd", [0.1]), rows(0.1, [0], 10), "theirs")
+    said = {"name": "<b>Mine</b>", "paper": "https://example.org/paper", "code": "none", "contact": "me@example.org"}
+    own = {"suite": "tiny", "variant": "theirs", "answers": said, "date": "2026-01-02", "files": {}}
+    (store.root / "tiny/theirs/submission.json").write_text(json.dumps(own))
+    browser.open(site.write([store], tmp_path / "board"), "q=mine&row=tiny/1/quick:0:theirs")
+    browser.wait("document.querySelector('dialog[open] .record')")
+    assert "<b>Mine</b>" in browser.js("document.querySelector('tbody .name').textContent")
+    told = browser.js("document.querySelector('dialog header').textContent")
+    assert "<b>Mine</b>, submitted 2026-01-02; paper: https://example.org/paper; code: none; contact: me@example.org" in told
+    assert browser.js("[...document.querySelectorAll('dialog a')].map(own => own.href)") == ["https://example.org/paper"]
+
+
 def test_records_that_lie_run_nothing_and_break_nothing(browser: Browser, tmp_path: Path) -> None:
     store = Store(tmp_path / "runs")
     unread = lies(store)

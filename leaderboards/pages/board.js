@@ -72,7 +72,7 @@ function isShown(board, table) {
 function matches(board, table, number) {
   const row = board.rows[number];
   if ((view.family && row.family !== view.family) || (view.status && table.status[number] !== view.status)) return false;
-  return view.q.toLowerCase().split(/\s+/).every(word => [row.variant, row.family, board.suite, board.dataset].some(text => text.toLowerCase().includes(word)));
+  return view.q.toLowerCase().split(/\s+/).every(word => [row.variant, row.family, row.submitted?.name ?? "", board.suite, board.dataset].some(text => text.toLowerCase().includes(word)));
 }
 
 /** Fill a table anew if its columns or what ranks it changed; then show the rows that match, in their order. */

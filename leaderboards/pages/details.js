@@ -15,7 +15,7 @@ async function showDetails(board, row, closed) {
   const place = `${board.suite}, version ${board.version}, budget ${board.budget}, ${plural(row.seeds.length, "seed")}: ${row.seeds.join(", ")}`;
   const body = el("div", { class: "body" }, el("p", { class: "note" }, "Unpacking …"));
   panel.replaceChildren(
-    el("header", null, el("div", null, heading, el("p", { class: "note" }, place)), el("button", { type: "button", click: () => panel.close() }, "Close")), body);
+    el("header", null, el("div", null, heading, el("p", { class: "note" }, place), submitter(row.submitted)), el("button", { type: "button", click: () => panel.close() }, "Close")), body);
   panel.onclose = closed;
   if (!panel.open) panel.showModal();
   panel.scrollTop = 0;
@@ -27,6 +27,14 @@ async function showDetails(board, row, closed) {
   } catch (error) {
     body.replaceChildren(el("p", { role: "alert" }, `The records of this entry cannot be shown: ${error}`));
   }
+}
+
+/** Who submitted an entry; only an address of the web becomes a link. */
+function submitter(said) {
+  if (!said) return null;
+  const link = text => /^https?:\/\//.test(text) ? el("a", { href: text, rel: "noopener noreferrer nofollow" }, brief(text, 80)) : brief(text, 80);
+  const told = ["paper", "code", "contact"].flatMap(name => [`; ${name}: `, link(said[name])]);
+  return el("p", { class: "note" }, `${said.name}, submitted ${said.date}`, ...told);
 }
 
 function section(title, ...children) {

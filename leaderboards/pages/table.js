@@ -110,7 +110,7 @@ function rankCell(ranking, number) {
 
 function nameCell(row, open) {
   const [name, ...fields] = row.variant.split("@");
-  const more = [fields.join("@").replaceAll(",", ", "), row.store ? "not committed" : ""].filter(Boolean).join("; ");
+  const more = [fields.join("@").replaceAll(",", ", "), row.submitted?.name, row.store ? "not committed" : ""].filter(Boolean).join("; ");
   return el("th", { scope: "row", class: "name" }, el("button", { type: "button", class: "open", click: open, "aria-haspopup": "dialog" }, name || row.variant), more ? el("span", { class: "more" }, more) : null);
 }
 
