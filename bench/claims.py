@@ -31,12 +31,12 @@ def claims(entry: Entry) -> list[dict[str, Any]]:
             "column": next((column.key for column in entry.numbers if _same(column, row, entry)), None),
             "value": row["value"] / 100 if row["unit"] == "percent" else row["value"],
             "printed": row["printed"],
-            "unit": row["unit"].replace("_", " "),
+            "unit": row["unit"].replace("percent", "%").replace("_", " "),
             "what": _what(row),
             "where": f"{row['paper'].upper()}, {'text' if row['table'] == 'text' else 'table ' + row['table']}",
             "title": published.PAPERS[row["paper"]],
             "flag": row["flag"],
-            "remark": row["remark"],
+            "remark": "; ".join(filter(None, (row["remark"], row["note"]))),
         }
         for row in _about(entry)
     ]

@@ -145,6 +145,8 @@ def test_published_numbers_stand_beside_measured_ones_of_the_same_thing(store: S
     printed = published.known(dataset="cifar10", defense="edlcm", attack="pgd", metric="robust_accuracy", members=3)
     assert beside == {f"attack|linf {row.eps:g}|pgd20": row.printed for row in printed.itertuples() if row.eps in (0.01, 0.02)}
     assert beside and len(told) > len(beside)  # what was not measured is told, too
+    doubted = [one["remark"] for one in told if one["flag"]]
+    assert doubted and all(doubted), "a doubt has its reason"
     other = own.model_copy(update={"defense": {"name": "edlcm", "variant": "edlcm@members=5", "fields": {"members": 5}}})
     assert not any(one["column"] for one in claims(Entry(store, diagnose(store, [other]))))
 
