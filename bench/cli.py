@@ -32,11 +32,16 @@ def run(  # noqa: PLR0913, PLR0917 (every option of the contract)
     data: Data = None,
     runs: Runs = Path("runs"),
     fresh: Annotated[bool, typer.Option("--fresh", help="move old results aside (never deleted) and begin anew")] = False,
+    executor: Annotated[str, typer.Option(help="local (with several GPUs a process for each) or ray")] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="of a Ray cluster, such as auto; default: $RAY_ADDRESS, else a new one")
+    ] = None,
     shard: Annotated[str, typer.Option(help="I/K: do every K-th piece, from the I-th; then merge, and run without it")] = "1/1",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be done")] = False,
 ) -> None:
     """Train what is missing, evaluate what is missing, store every record, draw the plots."""
     from bench import environment, show
+    from bench.forecast import forecast
     from bench.progress import Progress
     from bench.runner import Request, Run
 
@@ -51,16 +56,20 @@ def run(  # noqa: PLR0913, PLR0917 (every option of the contract)
         data=data,
         runs=runs,
         fresh=fresh,
+        executor=executor,
+        address=address,
         shard=options.shard(shard),
     )
     job = Run(request, Progress(sys.stderr))
     if dry_run:
-        missing = {id(item) for item in job.missing()}
-        for item in job.jobs:
-            state = "to do" if id(item) in missing else "done "
-            print(f"{state}  {item.variant.label}  seed {item.blank.seed}  {item.blank.eval['name']}")
+        try:
+            show.planned(job)
+        finally:
+            job.close()
         return
     try:
+        job.plan = forecast(job, job.missing())
+        job.progress.say(str(job.plan))
         records = job.execute()
     except KeyboardInterrupt:
         print("\ninterrupted; everything finished is kept, the same command goes on from here", file=sys.stderr)

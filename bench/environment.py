@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -85,6 +86,22 @@ def code() -> dict[str, Any]:
         return {"commit": _git("rev-parse", "HEAD"), "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.CalledProcessError):
         return {}
+
+
+@cache
+def source() -> str:
+    """Digest of this project's code as it is installed here; development versions have the same number and other code."""
+    digest = hashlib.sha256()
+    for package in ("attacks", "bench", "defenses"):
+        for path in sorted((HERE.parent / package).rglob("*.py")):
+            digest.update(path.relative_to(HERE.parent).as_posix().encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def host() -> str:
+    """What this machine calls itself."""
+    return platform.node() or "a machine without a name"
 
 
 def _git(*arguments: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,6 +43,25 @@ class Job:
     def model(self) -> tuple[str, int]:
         """What tells the fitted model from others: variant and seed."""
         return self.variant.label, self.blank.seed
+
+    @property
+    def title(self) -> str:
+        """Who is asked what, in words."""
+        return f"{self.variant.label}  seed {self.blank.seed}  {self.blank.eval['name']}"
+
+    def models(self) -> list[tuple[Variant, int]]:
+        """Variants and training seeds of the fitted models that it asks for."""
+        others = [self.variant if spec == ITSELF else resolve(spec, {})[0] for spec in self.evaluation.others]
+        return [(self.variant, self.blank.seed), *((other, self.blank.seed + APART) for other in others)]
+
+    def sources(self, subject: Subject) -> dict[str, str]:
+        """Hashes of the other models that the evaluation needs, by name.
+
+        Raises:
+            RuntimeError: if one cannot be fitted.
+        """
+        assert subject.other is not None
+        return {f"source {name}": weights_hash(subject.other(name)) for name in self.evaluation.others}
 
 
 @dataclass(frozen=True)
@@ -172,3 +192,9 @@ def weights_hash(model: Classifier) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"
+
+
+def numerics(evaluation: Evaluation) -> dict[str, Any]:
+    """Numerics of what votes, as a record tells them."""
+    dtype, _, compiled = (getattr(evaluation, "numerics", None) or "float32").partition(" ")
+    return {"dtype": dtype, "compile": bool(compiled)}

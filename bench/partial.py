@@ -41,18 +41,28 @@ def write_atomic(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-def write_rows(path: Path, rows: pd.DataFrame) -> None:
-    """Rows per image as Parquet, atomically."""
+def as_parquet(rows: pd.DataFrame) -> bytes:
+    """Rows per image as a Parquet file."""
     buffer = io.BytesIO()
     rows.to_parquet(buffer, index=False, compression="zstd")
-    write_atomic(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def write_rows(path: Path, rows: pd.DataFrame) -> None:
+    """Rows per image as Parquet, atomically."""
+    write_atomic(path, as_parquet(rows))
 
 
 class Partial:
-    """Finished pieces of an evaluation, a Parquet file each, and the request they belong to."""
+    """Finished pieces of an evaluation, a Parquet file each, and the request they belong to.
 
-    def __init__(self, folder: Path) -> None:
+    Attributes:
+        problems: pieces that could not be read, in words.
+    """
+
+    def __init__(self, folder: Path, problems: list[str] | None = None) -> None:
         self.folder = folder
+        self.problems = [] if problems is None else problems
 
     def open(self, request: dict[str, Any]) -> None:
         """Begin, or continue what an earlier run left.
@@ -77,15 +87,21 @@ class Partial:
         return True
 
     def piece(self, number: int) -> pd.DataFrame | None:
-        """A finished piece, or None. A damaged one counts as missing."""
+        """A finished piece, or None. A damaged one is moved aside and counts as missing."""
+        path = self._path(number)
         try:
-            return pd.read_parquet(self._path(number))
+            return pd.read_parquet(path)
+        except FileNotFoundError:
+            return None
         except (OSError, ValueError):
+            aside = path.with_name(f"{path.name}.corrupt")
+            os.replace(path, aside)
+            self.problems.append(f"{path} is damaged; it was moved to {aside.name} and is computed again")
             return None
 
-    def keep(self, number: int, rows: pd.DataFrame) -> None:
-        """Store a finished piece."""
-        write_rows(self._path(number), rows)
+    def keep(self, number: int, rows: bytes) -> None:
+        """Store a finished piece, a Parquet file."""
+        write_atomic(self._path(number), rows)
         shutil.rmtree(self.scratch(number), ignore_errors=True)
 
     def scratch(self, number: int) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from bench.partial import write_atomic
-from bench.progress import Progress
+from bench.progress import Progress, Report
 from defenses.api import Part, Task, Weights
 
 
@@ -60,7 +59,7 @@ class PartStore:
         needs = [self._get(need) for need in part.needs]
         began = time.perf_counter()
         with self.progress.step(f"{part.role} {part.member} (seed {part.seed})") as report:
-            workshop = DiskWorkshop(self, self.folder / f"{key}.checkpoint", report)
+            workshop = self.workshop(key, report)
             weights = part.make(self.task, needs, workshop)
         note = {"key": key, "part": part.identity(self.task), "log": workshop.log, "seconds": time.perf_counter() - began}
         if workshop.ended:
@@ -72,9 +71,12 @@ class PartStore:
         write_atomic(path.with_suffix(".json"), (json.dumps(note, indent=1, allow_nan=False) + "\n").encode())
         write_atomic(path, save({name: tensor.contiguous().cpu() for name, tensor in weights.items()}))
         workshop.clear()
-        self.events.append(("made", f"{part.role} {part.member} {key}"))
-        self._log("made", part, key)
+        self.made(part, key)
         return weights
+
+    def workshop(self, key: str, report: Report) -> DiskWorkshop:
+        """Where a part is made."""
+        return DiskWorkshop(self, self.folder / f"{key}.checkpoint", report)
 
     def read(self, path: Path) -> tuple[Weights, dict[str, str]] | None:
         """Tensors and metadata of a safetensors file; None if it does not exist or is damaged (then it is moved aside)."""
@@ -96,8 +98,10 @@ class PartStore:
         found = self.read(path)
         return found[0] if found else None
 
-    def _log(self, event: str, part: Part, key: str) -> None:
-        line = json.dumps({"event": event, "role": part.role, "member": part.member, "seed": part.seed, "key": key})
+    def made(self, part: Part, key: str) -> None:
+        """Note that a part was made and is stored."""
+        self.events.append(("made", f"{part.role} {part.member} {key}"))
+        line = json.dumps({"event": "made", "role": part.role, "member": part.member, "seed": part.seed, "key": key})
         with open(self.folder / "log.jsonl", "a") as file:
             file.write(line + "\n")
 
@@ -105,7 +109,7 @@ class PartStore:
 class DiskWorkshop:
     """A part's checkpoint on disk and its voice in the progress display (:class:`defenses.api.Workshop`)."""
 
-    def __init__(self, store: PartStore, path: Path, report: Callable[[int, int, dict[str, float]], None]) -> None:
+    def __init__(self, store: PartStore, path: Path, report: Report) -> None:
         self._store = store
         self._path = path
         self._report = report

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 import sys
-import time
 import traceback
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,14 @@ import torch
 
 from bench import environment, registry
 from bench.evals import Evaluation, Skipped, Subject
-from bench.jobs import ITSELF, Fitted, Job, Ready, price, together, weights_hash
+from bench.executors import opened
+from bench.forecast import Forecast
+from bench.jobs import ITSELF, Fitted, Job, Ready, numerics, price, together, weights_hash
 from bench.partial import StoreError, differences
+from bench.pieces import Pieces
 from bench.progress import Progress
 from bench.registry import Variant, resolve
+from bench.spread import Spread
 from bench.store import Finding, Record, Store, as_json
 from bench.suites import SuiteError, load_suite, unknown
 from bench.tasks import prepare
@@ -41,6 +45,8 @@ class Request:
         data: folder of data sets; the environment variable BENCH_DATA by default.
         runs: folder of results.
         fresh: move finished results aside and compute them again.
+        executor: local (this process, or one process a GPU where there are several) or ray.
+        address: of a Ray cluster; of $RAY_ADDRESS by default, and else Ray is started on this machine.
         shard: (i, k), do every k-th piece of work, from the i-th of 1 to k; :mod:`bench.merge` brings shards together.
     """
 
@@ -53,11 +59,16 @@ class Request:
     data: Path | None = None
     runs: Path = Path("runs")
     fresh: bool = False
+    executor: str = "local"
+    address: str | None = None
     shard: tuple[int, int] = (1, 1)
 
 
 class Run:
     """A request made concrete: suite, data and jobs.
+
+    Attributes:
+        plan: of what is missing, if somebody made one; the longest work then begins first.
 
     Raises:
         ValueError: for names, devices, suites or data that cannot be used (before anything is written).
@@ -67,13 +78,16 @@ class Run:
         self.request = request
         self.progress = progress or Progress(None)
         self.suite = load_suite(request.suite, request.budget)
-        self.device = environment.device(request.device)
         if not 1 <= request.shard[0] <= request.shard[1]:
             raise ValueError(f"--shard: I/K with 1 <= I <= K, such as 2/3, got {request.shard[0]}/{request.shard[1]}")
         for name in request.only:
             if name not in self.suite.evals:
                 raise SuiteError(f"--only: {unknown(name, self.suite.evals)}")
-        self.task, self.test = prepare(self.suite, self.device, request.data)
+        self.executor = opened(request.executor, request.address, request.device)
+        # With workers elsewhere, this process only hands over and keeps.
+        self.device = self.executor.device if self.executor else environment.device(request.device)
+        self.device_name = self.executor.device_name if self.executor else environment.device_name(self.device)
+        self.task, self.test = prepare(self.suite, "cpu" if self.executor else self.device, request.data)
         for name, evaluation in self.suite.evals.items():
             for spec in evaluation.others:  # a wrong name is better refused before the work than after
                 if spec != ITSELF and len(resolve(spec, {})) != 1:
@@ -84,6 +98,7 @@ class Run:
         self.variants = resolve(request.defense, self.suite.sweep, suited)
         self.store = Store(request.runs)
         self.jobs = list(self._plan())
+        self.plan: Forecast | None = None
 
     def _plan(self) -> Iterator[Job]:
         wanted = self.request.only or tuple(self.suite.evals)
@@ -119,9 +134,14 @@ class Run:
                 "validation_images": len(self.task.validation),
             },
             hashes={"train": self.task.train.hash, "images": images.hash, "data": images.source},
-            numerics={**_numerics(evaluation), "rng": f"torch-{torch.device(self.device).type}"},
-            made={**environment.code(), "versions": versions, "device": environment.device_name(self.device)},
+            numerics={**numerics(evaluation), "rng": f"torch-{torch.device(self.device).type}"},
+            made={**environment.code(), "versions": versions, "device": self.device_name},
         )
+
+    def close(self) -> None:
+        """Let go of the workers of a run that is not executed."""
+        if self.executor:
+            self.executor.close()
 
     def missing(self) -> list[Job]:
         """Jobs without a finished record.
@@ -149,18 +169,16 @@ class Run:
         Raises:
             StoreError: if the folder is in use, cannot be written, or holds results of another request.
         """
-        with self.store.locked(self.suite.name), environment.measuring():
+        with closing(self), self.store.locked(self.suite.name), environment.measuring():
             missing = self.missing()
             if self.request.fresh:
                 for job in missing:
                     self.store.move_aside(job.blank)
             try:
-                done = 0
-                fitted = Fitted(self.task, self.store.root / self.suite.name / "parts", self.progress, missing)
-                for batch in together(missing):
-                    done += len(batch)
-                    self.progress.prefix = f"[{done}/{len(missing)}] "
-                    self._evaluate(batch, fitted)
+                if self.executor:
+                    Spread(self, missing, self.executor).execute()
+                else:
+                    self._one_by_one(missing)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EPERM):
                     raise StoreError(
@@ -171,43 +189,78 @@ class Run:
                 raise
         return [found for job in self.jobs if (found := self.store.find(job.blank)) is not None]
 
-    def _evaluate(self, jobs: list[Job], fitted: Fitted) -> None:
-        """Do jobs that ask the same question; each leaves a record, whatever happens."""
-        subjects = fitted.take(jobs)
+    def _one_by_one(self, missing: list[Job]) -> None:
+        """Do jobs in this process, in order."""
+        done = 0
+        fitted = Fitted(self.task, self.store.root / self.suite.name / "parts", self.progress, missing)
+        for batch in together(missing):
+            done += len(batch)
+            self.progress.prefix = f"[{done}/{len(missing)}] "
+            for pieces in self.begun(self.ready(batch, fitted)):
+                self._measure(pieces)
+
+    def ready(self, jobs: list[Job], fitted: Fitted) -> list[Ready]:
+        """Those of some jobs whose models can be fitted, each with its record begun; the others leave a record of why not."""
         ready: list[Ready] = []
-        for job, subject in zip(jobs, subjects, strict=True):
+        for job, subject in zip(jobs, fitted.take(jobs), strict=True):
             if isinstance(subject, Exception):
-                self._failed(job.blank, subject)
+                self.failed(job.blank, subject)
                 continue
             try:
-                sources = _sources(job.evaluation, subject)
+                sources = job.sources(subject)
             except RuntimeError as error:
-                self._failed(job.blank, error)
+                self.failed(job.blank, error)
                 continue
-            blank = replace_hashes(job.blank, weights=weights_hash(subject.model), **sources)
+            blank = job.blank.hashed(weights=weights_hash(subject.model), **sources)
             self.store.write(blank)
             ready.append(Ready(job, blank, subject))
-        if ready:
-            self._measure(ready)
+        return ready
 
-    def _measure(self, ready: list[Ready]) -> None:
-        """Measure fitted models together, or, where one of them spoils the common work, each alone."""
-        began = time.perf_counter()
+    def begun(self, ready: list[Ready]) -> list[Pieces]:
+        """The pieces of jobs, of all together, or, where one of them spoils the common work, of each alone."""
+        if not ready:
+            return []
         try:
-            tables = self._rows(ready)
+            return [Pieces(ready, self.store)]
         except (OSError, StoreError):
             raise
         except Exception as error:  # a failed evaluation is a stored record; the others go on
-            if len(ready) > 1:
-                for one in ready:
-                    self._measure([one])
-            else:
-                self._failed(ready[0].blank, error)
-            return
+            return self.alone(ready, error)
+
+    def alone(self, ready: Sequence[Ready], error: Exception) -> list[Pieces]:
+        """What becomes of jobs that failed together: each is begun alone; one that was alone leaves its record."""
+        if len(ready) > 1:
+            return [pieces for one in ready for pieces in self.begun([one])]
+        self.failed(ready[0].blank, error)
+        return []
+
+    def _measure(self, pieces: Pieces) -> None:
+        """Measure fitted models in this process."""
+        try:
+            with self.progress.step(pieces.title) as report:
+                for number in self.mine(pieces):
+                    if places := pieces.absent(number):
+                        pieces.keep(number, places, pieces.measure(number, places, self.test))
+                        report(number + 1, len(pieces.whole), {})
+        except (OSError, StoreError):
+            raise
+        except Exception as error:
+            for own in self.alone(pieces.ready, error):
+                self._measure(own)
+        else:
+            self.conclude(pieces)
+
+    def mine(self, pieces: Pieces) -> range:
+        """Numbers of the pieces that belong to this shard."""
+        place, shards = self.request.shard
+        return range(place - 1, len(pieces.whole), shards)
+
+    def conclude(self, pieces: Pieces) -> None:
+        """Turn pieces into records, unless some are missing."""
+        tables = pieces.tables()
         if tables is None:
             return
-        cost = {"seconds": time.perf_counter() - began, "measured_together": float(len(ready))}
-        for one, rows in zip(ready, tables, strict=True):
+        for one, (rows, cost) in zip(pieces.ready, tables, strict=True):
             self._finish(one, rows, cost)
 
     def _finish(self, one: Ready, rows: pd.DataFrame, cost: dict[str, float]) -> None:
@@ -217,7 +270,7 @@ class Run:
             facts = one.job.variant.defense.facts(one.subject.model)
             cost = {**cost, **price(one, self.test)}
         except Exception as error:  # a wrong number is a stored record; the others go on
-            self._failed(one.blank, error)
+            self.failed(one.blank, error)
             return
         self.store.write_rows(one.blank, rows)
         unsound = one.job.variant.defense.unsound
@@ -228,7 +281,7 @@ class Run:
         self.store.write(record)
         self.store.partial(record).discard()
 
-    def _failed(self, blank: Record, error: Exception) -> None:
+    def failed(self, blank: Record, error: Exception) -> None:
         """Store that an evaluation makes no sense, or what went wrong; finished pieces stay for the next attempt."""
         if isinstance(error, Skipped):
             self.store.write(blank.model_copy(update={"status": "skipped", "error": str(error)}))
@@ -236,60 +289,6 @@ class Run:
         self.progress.say(f"{blank.defense['variant']} {blank.eval['name']}: {type(error).__name__}: {error}")
         text = "".join(traceback.format_exception(error))
         self.store.write(blank.model_copy(update={"status": "error", "error": text}))
-
-    def _rows(self, ready: list[Ready]) -> list[pd.DataFrame] | None:
-        """All rows of evaluations: pieces on disk are read, this shard's others computed and kept; None if some are missing."""
-        evaluation, subjects = ready[0].job.evaluation, [one.subject for one in ready]
-        pieces = evaluation.pieces(subjects[0])
-        partials = [self.store.partial(one.blank) for one in ready]
-        for one, partial in zip(ready, partials, strict=True):
-            networks = {f"hashes.{name}": value for name, value in one.blank.made_of().items()}
-            request = {**one.blank.request(), **networks, "numerics": one.blank.numerics}
-            partial.open(request)
-        tables: list[list[pd.DataFrame]] = [[] for _ in ready]
-        who = ready[0].job.variant.label if len(ready) == 1 else f"{len(ready)} defenses"
-        blank = ready[0].blank
-        complete = True
-        with self.progress.step(f"{who} {blank.eval['name']} (seed {blank.seed})") as report:
-            for number, piece in enumerate(pieces):
-                found = {place: rows for place, part in enumerate(partials) if (rows := part.piece(number)) is not None}
-                new = [place for place in range(len(ready)) if place not in found]
-                if new and not self._mine(number):
-                    complete = False
-                    continue
-                if new:
-                    images = self.test.take(piece.rows)
-                    asked = [replace(subjects[place], scratch=partials[place].scratch(number)) for place in new]
-                    made = evaluation.measure(asked, images, piece)
-                    for place, rows in zip(new, made, strict=True):
-                        found[place] = rows
-                        partials[place].keep(number, rows)
-                    report(number + 1, len(pieces), {})
-                for place, table in enumerate(tables):
-                    table.append(found[place])
-        return [pd.concat(table, ignore_index=True) for table in tables] if complete else None
-
-    def _mine(self, number: int) -> bool:
-        """Whether a piece of work belongs to this shard."""
-        place, shards = self.request.shard
-        return number % shards == place - 1
-
-
-def _sources(evaluation: Evaluation, subject: Subject) -> dict[str, str]:
-    """Hashes of the other models that an evaluation needs, by name."""
-    assert subject.other is not None
-    return {f"source {name}": weights_hash(subject.other(name)) for name in evaluation.others}
-
-
-def _numerics(evaluation: Evaluation) -> dict[str, Any]:
-    """Numerics of what votes, as a record tells them."""
-    dtype, _, compiled = (getattr(evaluation, "numerics", None) or "float32").partition(" ")
-    return {"dtype": dtype, "compile": bool(compiled)}
-
-
-def replace_hashes(record: Record, **hashes: str) -> Record:
-    """The record with further hashes."""
-    return record.model_copy(update={"hashes": {**record.hashes, **hashes}})
 
 
 def run(**fields: Any) -> list[Record]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from bench.papers.layout import Layout
     from bench.papers.reproduce import Wish
     from bench.progress import Progress
+    from bench.runner import Run
 
 
 def finished(root: Path, suite: str, records: list[Record]) -> None:
@@ -36,6 +37,18 @@ def finished(root: Path, suite: str, records: list[Record]) -> None:
     print(f"\nrecords: {root / suite}\nplots:   {', '.join(str(path) for path in drawn if path.suffix == '.png')}")
 
 
+def planned(run: Run) -> None:
+    """What a run would do, what each step costs, and on what basis."""
+    from bench.forecast import forecast
+
+    plan = forecast(run, run.missing())
+    told = {id(one.job): one.estimate for one in plan.lines}
+    for one in plan.lines:
+        if one.job is None:
+            print(f"to make  {one.title}: {one.estimate}")
+    for job in run.jobs:
+        print(f"to do  {job.title}: {told[id(job)]}" if id(job) in told else f"done   {job.title}")
+    print(plan)
 def reproduced(layout: Layout, wish: Wish, progress: Progress, dry_run: bool) -> bool:
     """Print a table's plan, run what is missing unless ``dry_run``, and print the table; whether everything could be done."""
     from bench.papers import formats, join, reproduce

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bench.partial import Partial, StoreError, write_atomic, write_rows
 
@@ -77,6 +77,17 @@ class Record(Strict):
     made: dict[str, Any] = Field(default_factory=dict)
     error: str | None = None
 
+    @model_validator(mode="after")
+    def _stays_in_its_folder(self) -> Record:
+        """Names become parts of paths, and a record may come from a stranger."""
+        variant = str(self.defense.get("variant", "none")).replace("/", "_")  # as in Store.path
+        names = {"suite.name": self.suite.get("name", "none"), "suite.budget": self.suite.get("budget", "none")}
+        names |= {"defense.variant": variant, "eval.name": self.eval.get("name", "none")}
+        for place, name in names.items():
+            if not name or name.startswith(".") or set(name) & {"/", "\\", "\0"}:
+                raise ValueError(f"{place} is {name!r}, which names no file of a run folder")
+        return self
+
     def request(self) -> dict[str, Any]:
         """What was asked, flat: the fields that must agree before work is continued or called done."""
         asked = {
@@ -88,6 +99,10 @@ class Record(Strict):
             "hashes": {name: value for name, value in self.hashes.items() if name not in self.made_of()},
         }
         return flatten(asked)
+
+    def hashed(self, **hashes: str) -> Record:
+        """The record with further hashes."""
+        return self.model_copy(update={"hashes": {**self.hashes, **hashes}})
 
     def made_of(self) -> dict[str, str]:
         """Hashes of the networks that were asked, which nobody knows before they are fitted."""
@@ -253,7 +268,7 @@ class Store:
     def partial(self, record: Record) -> Partial:
         """The unfinished pieces of an evaluation."""
         path = self.path(record)
-        return Partial(path.with_name(f"{path.stem}.partial"))
+        return Partial(path.with_name(f"{path.stem}.partial"), self.problems)
 
     @contextmanager
     def locked(self, suite: str) -> Iterator[None]:

@@ -191,6 +191,13 @@ class Part(ABC):
     def make(self, task: Task, needs: Sequence[Weights], workshop: Workshop) -> Weights:
         """Make it, from the weights of ``needs`` in their order."""
 
+    def outline(self, task: Task) -> Weights | None:
+        """Tensors of the names and shapes that come out, before it is made; None if that cannot be told.
+
+        With them a defense can be asked what else it needs, while nothing is trained yet.
+        """
+        return None
+
     def identity(self, task: Task) -> dict[str, Any]:
         """Everything that decides the result, as JSON data; its hash is the part's key."""
         own = {name: _plain(value) for name, value in settings(self).items() if name != "needs"}

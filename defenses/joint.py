@@ -111,6 +111,9 @@ class Together(Trained):
         watched = self.loss.watch(net, images.floats(), generator(self.seed, "watch", self.role, device=task.device))
         return {**found, **{f"validation_{name}": value for name, value in watched.items()}}
 
+    def outline(self, task: Task) -> Weights:
+        return assembled(task, self.members, self.slope, self.seed, self.architecture).state_dict()
+
     def make(self, task: Task, needs: Sequence[Weights], workshop: Workshop) -> Weights:
         ensemble = assembled(task, self.members, self.slope, self.seed, self.architecture)
         begin, held_out = needs[: len(needs) - self.sources * self.members], needs[len(needs) - self.sources * self.members :]

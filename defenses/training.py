@@ -111,6 +111,9 @@ class Trained(Part):
         train(net, task, self, teachers, workshop)
         return net.state_dict()
 
+    def outline(self, task: Task) -> Weights | None:
+        return self.untrained(task).state_dict()
+
     def untrained(self, task: Task) -> Network:
         """The network as training begins."""
         return network(task, generator(self.seed, "init", self.role, self.member), self.architecture)

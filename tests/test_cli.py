@@ -45,7 +45,9 @@ def test_a_run_prints_numbers_and_where_everything_is(bench, tiny: Path, capsys:
 
 def test_a_dry_run_writes_nothing(bench, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench("run", "--defense", "naive", "--suite", str(tiny), "--dry-run") == 0
-    assert "to do  naive  seed 0  pgd" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "to make  plain 0 (seed 0): " in out and "(2 epochs of 2 steps, three timed)" in out
+    assert "to do  naive  seed 0  pgd: " in out and "plan: about " in out
     assert not Path("runs").exists()
 
 
@@ -58,6 +60,8 @@ def test_a_dry_run_writes_nothing(bench, tiny: Path, capsys: pytest.CaptureFixtu
         (("run", "--defense", "naive", "--suite", "digits", "--only", "pgdd"), "did you mean 'pgd'"),
         (("run", "--defense", "naive", "--suite", "digits", "--seeds", "a"), "list of integers"),
         (("run", "--defense", "naive", "--suite", "digits", "--device", "gpu"), "unknown device 'gpu'"),
+        (("run", "--defense", "naive", "--suite", "digits", "--executor", "rey"), "did you mean 'ray'"),
+        (("run", "--defense", "naive", "--suite", "digits", "--address", "auto"), "give --executor ray, too"),
         (("run", "--defense", "naive", "--suite", "mnist", "--data", "nowhere"), "nowhere"),
         (("table", "summry"), "did you mean 'summary'"),
         (("table", "summary", "--format", "pdf"), "unknown 'pdf'"),

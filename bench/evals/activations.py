@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
@@ -42,6 +42,9 @@ class Activations(Attacking):
     Attributes:
         shown: how many of the first images keep the changes of one kernel, in the first, middle and last layer.
     """
+
+    divides: ClassVar[bool] = False
+    """A piece has one layer after the other, with many images in each."""
 
     kind: Literal["activations"] = "activations"
     shown: int = Field(8, ge=0)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -83,6 +83,9 @@ class Base(Strict, ABC):
     """Common to all evaluations: ``images`` is how many of the first test images are used."""
 
     images: int = Field(ge=1)
+
+    divides: ClassVar[bool] = True
+    """Whether the rows of a piece are those of its halves, one after the other."""
 
     def check(self, place: str, shape: tuple[int, int, int]) -> None:
         """Refuse values that fit no image of this shape (c h w); ``place`` names the key in the error."""

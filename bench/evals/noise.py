@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pandas as pd
 import torch
@@ -41,6 +41,9 @@ class UnderNoise(Attacking):
         repeats: single draws of every image.
         eot: noise draws per gradient of the same attack against the noisy network, at each place; 0: no such attack.
     """
+
+    divides: ClassVar[bool] = False
+    """A piece has one place after the other, with all images in each."""
 
     kind: Literal["noise"] = "noise"
     sigma: Number = Field(gt=0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pandas as pd
 import torch
@@ -44,6 +44,9 @@ class Probe(Base):
         directions: random ones, at the edge of the ball.
         eot: noise draws per gradient, and single draws that are judged, where the model draws noise.
     """
+
+    divides: ClassVar[bool] = False
+    """What is asked of an image depends on what the others of its piece show."""
 
     kind: Literal["probe"] = "probe"
     norm: str
