@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from attacks.streams import generator
+from bench.arrays import published
 from bench.datasets import DATASETS, IDX_MD5, DataError, Dataset
 from defenses.api import Images
 
@@ -159,7 +159,7 @@ def _download(dataset: Dataset, cache: Path) -> str:
 
 
 def _torchvision(dataset: Dataset, split: str, folder: Path) -> Images:
-    """The files torchvision reads, after their checksum: CIFAR's are pickles, which can execute code."""
+    """The files torchvision reads, after their checksum: CIFAR's are pickles, of which arrays alone are read."""
     contents = []
     for file, md5 in dataset.checksums(split):
         path = folder / file
@@ -175,7 +175,7 @@ def _torchvision(dataset: Dataset, split: str, folder: Path) -> Images:
     if dataset.name in IDX_MD5:
         pixels, labels = np.frombuffer(contents[0], np.uint8, offset=16), np.frombuffer(contents[1], np.uint8, offset=8)
     else:
-        batches = [pickle.loads(content, encoding="latin1") for content in contents]
+        batches = [published(content) for content in contents]
         pixels = np.concatenate([batch["data"] for batch in batches])
         labels = np.concatenate([batch["labels"] if "labels" in batch else batch["fine_labels"] for batch in batches])
     stored = torch.from_numpy(pixels.reshape(-1, *dataset.shape).copy())

@@ -42,7 +42,8 @@ class TorchvisionWeights(Part):
         if classes != task.classes:
             raise ValueError(f"the weights of {self.architecture} know {classes} classes, {task.dataset} has {task.classes}")
         try:
-            state = found.get_state_dict(progress=False, check_hash=True)
+            # The checksum is of downloads; a file that lies in the cache is read as tensors, never as code.
+            state = found.get_state_dict(progress=False, check_hash=True, weights_only=True)
         except (URLError, OSError) as error:
             place = Path(torch.hub.get_dir()) / "checkpoints"
             raise WeightsAbsent(
