@@ -1,0 +1,111 @@
+"""How long all suites take at full budget on 8, 64 and 512 workers, by the scheduler that `bench run` uses; nothing is run.
+
+    python -m tests.speed.plan [--suites mnist,cifar10] [--seeds 3] [--speedup 1] [--workers 8,64,512]
+
+The unit costs are measured here, on one CPU thread: seconds of a forward and of a backward pass of every suite's network, and
+of every kind of training how many such passes a step takes an image, on LeNet-5. Passes of an evaluation are counted as if
+nothing ended early. `--speedup` says how many times as fast a worker is as this thread; it divides makespans, and nothing else
+depends on it, since no transfer and no start of a task is counted. Suites whose data is not at hand are named and left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from bench.costs import Probe, probe, timed, training
+from bench.data import DataError
+from bench.evals import Robust
+from bench.evals.api import Smoothing
+from bench.forecast import Forecast, forecast
+from bench.plan import Item, duration, schedule
+from bench.runner import Request, Run
+from bench.suites import available
+from defenses.api import Part, Task
+from defenses.nets import network
+from defenses.training import Trained
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--suites", default="")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--speedup", type=float, default=1.0)
+    parser.add_argument("--workers", default="8,64,512")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    equivalents: dict[str, float] = {}
+    items: list[Item] = []
+    for name in options.suites.split(",") if options.suites else available():
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                seeds = tuple(range(options.seeds))
+                run = Run(Request(defense="all", suite=name, budget="paper", seeds=seeds, runs=Path(folder)))
+            except (DataError, ValueError) as error:
+                print(f"left out: {name}: {str(error)[:100]}")
+                continue
+            plan = forecast(run, run.jobs, lambda parts, run=run: scaled(run.task, parts, equivalents))
+        own = list(pieces(name, plan))
+        items += own
+        dark = sum(not line.estimate.known for line in plan.lines)
+        work = duration(sum(item.seconds for item in own))
+        print(f"{name:22} {work:>12} in {len(own)} tasks; {dark} lines without an estimate", flush=True)
+    items = [Item(item.key, item.seconds / options.speedup, item.needs) for item in items]
+    for workers in map(int, options.workers.split(",")):
+        found = schedule(items, workers)
+        limit = found.limit if len(found.limit) < 300 else f"{found.limit[:300]} ..."
+        print(f"{workers:4} workers: {duration(found.makespan)}, efficiency {found.efficiency:.1%}, limited by {limit}")
+
+
+def scaled(task: Task, parts: list[Part], equivalents: dict[str, float]) -> Probe:
+    """Seconds of passes of the task's network, and of steps by the passes that they take on LeNet-5, measured once a kind."""
+    forward, backward = timed(network(task, architecture=task.architecture).eval(), task.validation.floats(slice(0, 20)))
+    small = Run(Request(defense="naive", suite="digits")).task
+    steps = {}
+    for part in parts:
+        if not isinstance(part, Trained):
+            continue
+        kind = f"{part.role} {type(part.loss).__name__}"
+        if kind not in equivalents:
+            equivalents[kind] = equivalent(small, part)
+        steps[training(part)] = equivalents[kind] * part.recipe.batch * (forward + backward)
+    return Probe(forward, backward, steps)
+
+
+def equivalent(small: Task, part: Trained) -> float:
+    """Passes (forward and backward) of LeNet-5 that cost as much as a step of this kind of training, an image."""
+    own = replace(small_copy(part), recipe=replace(part.recipe, batch=64))
+    found = probe(small, [own])
+    return found.steps[training(own)] / (64 * (found.forward + found.backward))
+
+
+def small_copy(part: Trained) -> Trained:
+    """The part and its needs with LeNet-5."""
+    needs = tuple(small_copy(need) if isinstance(need, Trained) else need for need in part.needs)
+    return replace(part, architecture="lenet5", needs=needs)
+
+
+def pieces(suite: str, plan: Forecast) -> list[Item]:
+    """Tasks of a plan: parts, and the pieces of evaluations, each of equal cost."""
+    found = []
+    names = {line.key: f"{suite}: {line.title}" + (f" {line.key[:6]}" if line.job is None else "") for line in plan.lines}
+    for line in plan.lines:
+        seconds = line.estimate.seconds if line.estimate.known else 0.0
+        needs = tuple(names[need] for need in line.needs)
+        if line.job is None:
+            found.append(Item(names[line.key], seconds, needs))
+            continue
+        evaluation = line.job.evaluation
+        size = 10 if isinstance(evaluation, Smoothing) else 100
+        budgets = len(evaluation.eps) if isinstance(evaluation, Robust) and not evaluation.looks_for_nearest else 1
+        count = budgets * -(-evaluation.images // size)
+        found += [Item(f"{names[line.key]} {number}", seconds / count, needs) for number in range(count)]
+    return found
+
+
+if __name__ == "__main__":
+    main()
