@@ -14,6 +14,7 @@ from bench.papers import layout as layouts
 from bench.papers.estimate import Estimate, duration
 from bench.papers.layout import load
 from bench.papers.reproduce import Wish, plan, prepare
+from bench.pieces import Pieces
 from bench.progress import Progress
 from bench.runner import Run
 from bench.store import Store
@@ -96,11 +97,11 @@ def test_a_killed_run_goes_on_and_the_table_is_filled(
 ) -> None:
     measured, real = [], Run._measure
 
-    def killed(self: Run, ready: list) -> None:  # type: ignore[type-arg]
-        measured.append([one.job.blank.eval["name"] for one in ready])
+    def killed(self: Run, pieces: Pieces) -> None:
+        measured.append([one.job.blank.eval["name"] for one in pieces.ready])
         if len(measured) == 3:
             raise KeyboardInterrupt
-        real(self, ready)
+        real(self, pieces)
 
     words = ("reproduce", "digits_table1", "--runs", str(paper), "--device", "cpu")
     monkeypatch.setattr(Run, "_measure", killed)
