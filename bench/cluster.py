@@ -124,6 +124,7 @@ class Cluster:
 
     def _survey(self) -> str:
         """Ask every node that would work for its versions; what their devices call themselves."""
+        _carry()
         ask = ray.remote(survey)
         kind = "GPU" if self.device == "cuda" else "CPU"
         answers = [
@@ -164,9 +165,7 @@ class Cluster:
         """Nothing to do: the store lets go of what no token holds."""
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> int:
-        for name, module in list(sys.modules.items()):
-            if name.startswith("bench_file_"):  # a user's defense, which no node has
-                ray.cloudpickle.register_pickle_by_value(module)
+        _carry()
         self._number += 1
         self._running[self._task.remote(self._setting, self._inbox, self._number, function, arguments)] = self._number
         return self._number
@@ -204,6 +203,13 @@ def _answer(reference: Any) -> Answer:
         return Answer(error=RuntimeError(f"the task could not be read on its node: {error}"))
     except RayError as error:
         return Answer(error=Lost(f"the worker is gone ({type(error).__name__})"))
+
+
+def _carry() -> None:
+    """Let modules of the user's files travel as a whole: no node has them."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("bench_file_"):
+            ray.cloudpickle.register_pickle_by_value(module)
 
 
 def _connect(address: str | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
-from bench import environment
+from attacks import Attack
+from bench import environment, plugins
 from bench.jobs import storage_failed
 from bench.partial import differences
 from bench.suites import unknown
@@ -48,22 +49,24 @@ class Setting:
         versions: of what decides numbers.
         device: "cpu" or "cuda".
         threads: of torch on the CPU, which may change the order of sums.
+        attacks: of the user's files, by name.
     """
 
     versions: dict[str, str]
     device: str
     threads: int
+    attacks: Mapping[str, tuple[type[Attack], Path]] = field(default_factory=dict)
 
     @classmethod
     def here(cls, device: str) -> Setting:
         """As in this process."""
-        return cls(packages(), device, torch.get_num_threads())
+        return cls(packages(), device, torch.get_num_threads(), plugins.attacks_of_files())
 
 
 @cache
 def packages() -> dict[str, str]:
-    """Versions of packages, and a digest of this project's own code."""
-    return {**environment.versions(), "cear-bench's code": environment.source()}
+    """Versions of packages, plug-ins among them, and a digest of this project's own code."""
+    return {**environment.versions(), **plugins.installed(), "cear-bench's code": environment.source()}
 
 
 def mismatch(setting: Setting, place: str) -> ExecutorError | None:
@@ -181,6 +184,7 @@ def attempt(setting: Setting, desk: Desk, function: Callable[..., Any], argument
     if refusal:
         return Answer(error=refusal)
     try:
+        plugins.adopt(setting.attacks)
         torch.set_num_threads(setting.threads)
         with environment.measuring():
             return Answer(function(desk, *arguments))

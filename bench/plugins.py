@@ -213,6 +213,22 @@ def add_attack(name: str, spec: str, folder: Path) -> None:
             raise ValueError(f"attacks.{name}: {path.name} has no usable {wanted}: {error}") from error
 
 
+def attacks_of_files() -> dict[str, tuple[type[Attack], Path]]:
+    """The attacks that :func:`add_attack` made known, with their files."""
+    return dict(_OF_FILES)
+
+
+def adopt(attacks: Mapping[str, tuple[type[Attack], Path]]) -> None:
+    """Know the attacks of another process's files, for work that it hands over."""
+    _OF_FILES.update(attacks)
+
+
+def installed() -> dict[str, str]:
+    """Versions of the packages that offer something, by name; nothing is loaded."""
+    points = [point for kind in _READERS for point in entry_points(group=f"bench.{kind}")]
+    return dict(_package(point) for point in points)
+
+
 def executed(path: Path) -> ModuleType:
     """The module of a user's file, executed now.
 

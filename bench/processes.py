@@ -18,7 +18,7 @@ import torch
 
 from bench import environment
 from bench.executors import Answer, Desk, Lost, Setting, Token, Told, attempt
-from bench.registry import from_file
+from bench.plugins import executed
 
 
 def visible() -> list[str]:
@@ -123,7 +123,7 @@ def _ending(status: int) -> str:
 
 
 def _files() -> list[str]:
-    """Files of the user's defenses, which no installation holds."""
+    """Files of the user's defenses and attacks, which no installation holds."""
     return [str(module.__file__) for name, module in list(sys.modules.items()) if name.startswith("bench_file_")]
 
 
@@ -141,7 +141,7 @@ def serve(line: Connection) -> None:
             for file in own:
                 if file not in files:
                     files.add(file)
-                    from_file(Path(file))
+                    executed(Path(file))
             setting, function, arguments, new, gone = pickle.loads(message)
             for key in gone:
                 del things[key]

@@ -49,6 +49,8 @@ def planned(run: Run) -> None:
     for job in run.jobs:
         print(f"to do  {job.title}: {told[id(job)]}" if id(job) in told else f"done   {job.title}")
     print(plan)
+
+
 def reproduced(layout: Layout, wish: Wish, progress: Progress, dry_run: bool) -> bool:
     """Print a table's plan, run what is missing unless ``dry_run``, and print the table; whether everything could be done."""
     from bench.papers import formats, join, reproduce

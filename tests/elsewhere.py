@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from test_plugins import SAMPLE
+
 import bench.runner
 from bench.executors import Answer, Desk, Setting, Token, Told, attempt
 from bench.runner import Request, Run
@@ -77,6 +79,16 @@ class Scripted:
 
     def close(self) -> None:
         self.closed = True
+
+
+def with_own_files(suite: Path, name: str, defenses: str) -> str:
+    """Give a suite an attack, and the user a defense, of files that no installation holds; the defense as it is asked for."""
+    (suite.parent / f"{name}.py").write_text(defenses)
+    (suite.parent / f"light_of_{name}.py").write_text((SAMPLE / "bench_plugin_sample/attacks.py").read_text())
+    attack = f'kind = "robust"\nattack = "own_{name}"\nnorm = "linf"\neps = ["0.1"]\nimages = 30\n'
+    known = f'[attacks]\nown_{name} = "light_of_{name}.py:Brightness"\n'
+    suite.write_text(f"{suite.read_text()}[evals.light]\n{attack}{known}")
+    return str(suite.parent / f"{name}.py")
 
 
 def elsewhere(executor: Any, monkeypatch: Any, **words: Any) -> list[Record]:

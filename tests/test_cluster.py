@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from elsewhere import contents
+from elsewhere import contents, with_own_files
 from test_runner import TWO
 
 from bench.executors import ExecutorError, opened
@@ -70,8 +70,7 @@ def when(there: Callable[[], Any], act: Callable[[Any], None]) -> threading.Thre
 
 
 def test_a_run_on_ray_ends_in_the_same_files(nodes: Cluster, tiny: Path) -> None:
-    (tiny.parent / "two.py").write_text(TWO)  # a user's file, which no node has
-    words: dict[str, Any] = {"defense": f"randsmooth,{tiny.parent / 'two.py'}:sound", "suite": str(tiny)}
+    words: dict[str, Any] = {"defense": f"randsmooth,{with_own_files(tiny, 'two_by_ray', TWO)}:sound", "suite": str(tiny)}
     away = Run(Request(**words, runs=tiny.parent / "away", executor="ray", address=nodes.address))
     assert {record.status for record in away.execute()} == {"success"}
     Run(Request(**words, runs=tiny.parent / "here", device="cpu")).execute()

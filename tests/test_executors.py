@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from elsewhere import Scripted, contents, elsewhere
+from elsewhere import Scripted, contents, elsewhere, with_own_files
 from test_runner import TWO
 
 import bench.work
@@ -217,10 +217,10 @@ class Murdered(Processes):
 
 
 def test_a_process_that_is_killed_in_the_middle_is_replaced(tiny: Path, untouched, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    (tiny.parent / "two.py").write_text(TWO)
-    defense = f"randsmooth,{tiny.parent / 'two.py'}:sound"
+    defense = f"randsmooth,{with_own_files(tiny, 'two_by_processes', TWO)}:sound"
     executor = Murdered([None, None])
     records = one(tiny, executor, monkeypatch, defense=defense)
+    assert [record.eval["name"] for record in records].count("light") == 2
     assert executor.killed and {record.status for record in records} == {"success"}
     found = contents(tiny.parent / "runs")
     assert {name: found[name] for name in untouched} == untouched
