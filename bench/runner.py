@@ -84,7 +84,7 @@ class Run:
             if name not in self.suite.evals:
                 raise SuiteError(f"--only: {unknown(name, self.suite.evals)}")
         self.executor = opened(request.executor, request.address, request.device)
-        # With workers elsewhere, this process only hands over and keeps.
+        # After the suite, whose own attacks go to the workers. With workers elsewhere this process only hands over and keeps.
         self.device = self.executor.device if self.executor else environment.device(request.device)
         self.device_name = self.executor.device_name if self.executor else environment.device_name(self.device)
         self.task, self.test = prepare(self.suite, "cpu" if self.executor else self.device, request.data)

@@ -19,6 +19,7 @@ from bench.partial import StoreError
 from bench.processes import Processes
 from bench.runner import Request, Run
 from bench.store import Record
+from bench.suites import load_suite
 
 THREE = "cear_rw@members=2,randsmooth,dverge@members=2"
 
@@ -218,6 +219,7 @@ class Murdered(Processes):
 
 def test_a_process_that_is_killed_in_the_middle_is_replaced(tiny: Path, untouched, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     defense = f"randsmooth,{with_own_files(tiny, 'two_by_processes', TWO)}:sound"
+    load_suite(tiny)  # as a run does before it opens its executor: the attack is known by then
     executor = Murdered([None, None])
     records = one(tiny, executor, monkeypatch, defense=defense)
     assert [record.eval["name"] for record in records].count("light") == 2
