@@ -16,7 +16,7 @@ import torch
 
 from attacks import Streams
 from attacks.oracle import decide
-from bench.evals import Clean, Evaluation, Skipped, Subject
+from bench.evals import Evaluation, Skipped, Subject
 from bench.parts import PartStore
 from bench.progress import Progress
 from bench.registry import Variant, resolve
@@ -162,20 +162,17 @@ class Fitted:
         return Subject(model, sigma, seed, epoch_seconds=parts.epoch_seconds(), ended=ended, views=views, other=other)
 
 
-def price(one: Ready, test: Images) -> dict[str, float]:
-    """What a fitted defense costs: its parameters, seconds of training an epoch, and, told by the evaluation of clean images,
-    the milliseconds an image of its decision."""
-    subject = one.subject
+def price(subject: Subject) -> dict[str, float]:
+    """What a fitted defense costs: its parameters, and seconds of training an epoch."""
     found = {"parameters": float(sum(parameter.numel() for parameter in subject.model.parameters()))}
     if subject.epoch_seconds is not None:
         found["training_seconds_per_epoch"] = subject.epoch_seconds
-    if isinstance(one.job.evaluation, Clean):
-        found["forward_milliseconds"] = _forward_milliseconds(subject, test.first(min(100, one.job.evaluation.images)))
     return found
 
 
-def _forward_milliseconds(subject: Subject, images: Images) -> float:
-    """Of the fastest of three passes, on a machine as busy as it was."""
+def forward_milliseconds(subject: Subject, images: Images) -> float:
+    """Of a decision on one of the first hundred images, in the fastest of three passes, on a machine as busy as it was."""
+    images = images.first(min(100, len(images)))
     x, seconds = images.floats(), []
     streams = Streams(subject.seed, "price", ids=images.ids, device=images.pixels.device)
     for _ in range(3):

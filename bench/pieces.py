@@ -10,8 +10,8 @@ from dataclasses import replace
 import pandas as pd
 import torch
 
-from bench.evals import Evaluation, Piece, Subject
-from bench.jobs import Ready
+from bench.evals import Clean, Evaluation, Piece, Subject
+from bench.jobs import Ready, forward_milliseconds
 from bench.partial import as_parquet
 from bench.store import Store
 from defenses.api import Images
@@ -76,16 +76,21 @@ class Pieces:
 
 
 def _cost(pieces: Sequence[pd.DataFrame]) -> dict[str, float]:
-    """Seconds of all pieces, and how many jobs shared them on average; pieces from before it was noted cost nothing."""
+    """Seconds of all pieces, how many jobs shared them on average, and, of clean images, those of a decision.
+
+    Pieces from before it was noted cost nothing.
+    """
     seconds = [(table.attrs.get("seconds", 0.0), table.attrs.get("together", 1)) for table in pieces]
     total, own = sum(spent for spent, _ in seconds), sum(spent / together for spent, together in seconds)
-    return {"seconds": total, "measured_together": round(total / own, 3) if own else 1.0}
+    cost = {"seconds": total, "measured_together": round(total / own, 3) if own else 1.0}
+    decisions = [table.attrs["forward_milliseconds"] for table in pieces if "forward_milliseconds" in table.attrs]
+    return {**cost, "forward_milliseconds": min(decisions)} if decisions else cost
 
 
 def measured(
     evaluation: Evaluation, subjects: Sequence[Subject], images: Images, piece: Piece, most: int | None = None
 ) -> list[pd.DataFrame]:
-    """Rows of a piece for each subject, with the seconds they took in ``attrs``.
+    """Rows of a piece for each subject, with what they cost in ``attrs``.
 
     Where memory runs out, half as many images are measured at a time. Every row depends on its own image alone, so that halves
     one after the other are the whole.
@@ -117,8 +122,10 @@ def measured(
         most = (min(most, len(images)) + 1) // 2
         _release()
     seconds = time.perf_counter() - began
-    for table in tables:
+    for subject, table in zip(subjects, tables, strict=True):
         table.attrs = {"seconds": seconds, "together": len(subjects)}
+        if isinstance(evaluation, Clean):  # timed where the work is done
+            table.attrs["forward_milliseconds"] = forward_milliseconds(subject, images)
     return tables
 
 

@@ -268,7 +268,7 @@ class Run:
         try:
             outcome = one.job.evaluation.summarise(rows, one.subject)
             facts = one.job.variant.defense.facts(one.subject.model)
-            cost = {**cost, **price(one, self.test)}
+            cost = {**cost, **price(one.subject)}
         except Exception as error:  # a wrong number is a stored record; the others go on
             self.failed(one.blank, error)
             return

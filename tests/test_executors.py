@@ -63,6 +63,7 @@ def test_work_elsewhere_ends_in_the_same_files(here, tmp_path: Path, monkeypatch
     assert [record.status for record in records].count("success") == len(records) - 1  # one has no noise of its own
     assert contents(tmp_path) == files
     assert {record.made["device"] for record in records} == {"cpu test"}
+    assert all(("forward_milliseconds" in record.cost) == (record.eval["name"] == "clean") for record in records)
     trained = [arguments[1] for function, arguments in executor.seen if function is work.make_part]
     assert len(trained) == len({str(part) for part in trained}), "a part that defenses share is made once"
     assert executor.things.keys() == {"task", "test"} and executor.closed, "models are let go of"
