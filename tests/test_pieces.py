@@ -29,14 +29,21 @@ def asked() -> tuple[Subject, Images]:
     task, test = prepare(DIGITS, "cpu", None)
     torch.manual_seed(0)
     model = smoothed_ensemble.build(task)
+    other = smoothed_ensemble.build(task)
+    for parameter in other.parameters():
+        parameter.data.mul_(0.9)  # no network of the one that is attacked
     right = (model.predict(test.floats()) == test.labels).nonzero().flatten()
     wrong = (model.predict(test.floats()) != test.labels).nonzero().flatten()
     assert len(right) >= 4
     some = test.take(torch.cat([right[:4], wrong[:3]]))
-    return Subject(model, 0.25, 0, views=lambda: views(model), other=lambda spec: smoothed_ensemble.build(task)), some
+    return Subject(model, 0.25, 0, views=lambda: views(model), other=lambda spec: other), some
 
 
-EVALS = {f"{suite.name}.{name}": own for suite in (DIGITS, SUITE) for name, own in suite.evals.items() if own.divides}
+EVALS = {
+    f"{own.kind} {getattr(own, 'attack', '')}": own
+    for own in (*SUITE.evals.values(), *DIGITS.evals.values())
+    if (own.divides and own.kind != "black_box") or getattr(own, "attack", "") == "pgd"
+}
 
 
 @pytest.mark.parametrize("name", EVALS)
