@@ -28,6 +28,10 @@ PROBE = 0.3
 """Seconds for which a pass is timed."""
 
 
+SMALL = 64
+"""Images a step that is timed, at most: on a CPU a whole one of a deep network takes minutes."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Seconds of one worker, NaN where nothing is known, and where they come from."""
@@ -75,13 +79,15 @@ def training(part: Trained) -> str:
 
 
 def _step(task: Task, part: Trained) -> float:
-    """Seconds of a training step with untrained needs. What is measured after an epoch is left out."""
-    few = task.train.take(slice(0, 3 * part.recipe.batch))
+    """Seconds of a training step with untrained needs, from steps of :data:`SMALL` images. What is measured after an epoch is
+    left out."""
+    batch = min(part.recipe.batch, SMALL)
+    few = task.train.take(slice(0, 3 * batch))
     small = replace(task, train=few, validation=task.validation.take(slice(0, 2)))
     workshop = _Stopwatch()
-    short = replace(part, recipe=replace(part.recipe, epochs=1))
+    short = replace(part, recipe=replace(part.recipe, epochs=1, batch=batch))
     short.make(small, [need.outline(small) or {} for need in part.needs], workshop)
-    return workshop.seconds / -(-len(few) // part.recipe.batch)
+    return workshop.seconds / -(-len(few) // batch) * part.recipe.batch / batch
 
 
 class _Stopwatch:

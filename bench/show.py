@@ -59,6 +59,9 @@ def reproduced(layout: Layout, wish: Wish, progress: Progress, dry_run: bool) ->
     for line in reproduce.plan(layout, wish, steps):
         print(line, flush=True)
     if dry_run:
+        for step in steps:
+            if step.run:
+                step.run.close()
         return True
     records = reproduce.execute(steps)
     print("\n" + formats.render(join.join(layout, Store(wish.runs), wish.budget)))

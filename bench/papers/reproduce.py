@@ -7,14 +7,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from bench import environment
+from bench.forecast import forecast
 from bench.papers.cells import Cell
-from bench.papers.estimate import estimate
 from bench.papers.join import join
 from bench.papers.layout import Layout
 from bench.progress import Progress
 from bench.runner import Request, Run
 from bench.store import Record, Store
-from bench.suites import SUITES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,16 +71,12 @@ def _step(suite: str, cells: list[Cell], wish: Wish, progress: Progress) -> Step
 def plan(layout: Layout, wish: Wish, steps: list[Step]) -> Iterator[str]:
     """The plan in lines: what is there, what is to do, how long it may take and what it holds in memory."""
     yield f"{layout.name}, budget {wish.budget}, records in {wish.runs}"
-    stores = [Store(wish.runs), Store(SUITES.parent / "results")]
-    known: list[Record] = [record for store in stores for record in store.records()]
-    missing = []
     for step in steps:
         if step.run is None:
             yield f"{step.suite}: cannot run: {step.problem}"
             continue
         seeds = ",".join(map(str, step.run.request.seeds))
         todo = step.run.missing()
-        missing += todo
         yield f"{step.suite}, seeds {seeds}: {len(step.run.jobs) - len(todo)} of {len(step.run.jobs)} records are there"
         evals: dict[str, list[str]] = {}
         for job in todo:
@@ -89,8 +84,9 @@ def plan(layout: Layout, wish: Wish, steps: list[Step]) -> Iterator[str]:
         yield from (f"  to do  {who}: {', '.join(names)}" for who, names in evals.items())
         size = sum(images.pixels.nbytes for images in (step.run.task.train, step.run.task.validation, step.run.test))
         yield f"  memory: {size / 1e6:.1f} MB of images on {step.run.device}; of networks and attacks unknown"
-    if missing:
-        yield f"time: {estimate(missing, known)}"
+        if todo:
+            step.run.plan = forecast(step.run, todo)
+            yield f"  {step.run.plan}"
 
 
 def execute(steps: list[Step]) -> list[Record]:
