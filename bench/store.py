@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -171,7 +172,9 @@ class Store:
     def write(self, record: Record) -> Path:
         """Store a record; replaces an older one of the same place."""
         path = self.path(record)
-        write_atomic(path, (record.model_dump_json(indent=1) + "\n").encode())
+        # What a number does not have is left out: records of many numbers would be nulls for the most part.
+        content = {**record.model_dump(mode="json"), "metrics": [m.model_dump(exclude_none=True) for m in record.metrics]}
+        write_atomic(path, (json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode())
         return path
 
     def read(self, path: Path) -> Record:
