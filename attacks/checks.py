@@ -58,7 +58,8 @@ def inspect(model: Model, x: Tensor, y: Tensor, streams: Streams | None = None) 
     return {
         "randomised": moved | (passes.argmax(2) != first.argmax(1)).any(0),
         "probabilities": chances,
-        "zero_gradient": (flat.flatten(1) == 0).all(1),
+        # Of images that are wrong as they are, DLR is constant where the label comes third, whatever the network.
+        "zero_gradient": (flat.flatten(1) == 0).all(1) & (scores.argmax(1) == y),
         "dynamic": torch.full_like(y, dynamic, dtype=torch.bool),
     }
 

@@ -99,7 +99,7 @@ def test_noise_that_a_model_hides_is_noticed_and_leaves_the_global_generator_alo
 
 def test_a_quantised_input_stops_gradients_and_not_square():
     model = Changed(before=lambda x: (8 * x).round() / 8)
-    assert inspect(model, X, Y)["zero_gradient"].all()
+    assert inspect(model, X, model(X).argmax(1))["zero_gradient"].all()
     right = model(X).argmax(1) == Y
     gradient = Apgd(norm="linf", eps=0.1)(model, X, Y, streams())
     square = Square(norm="linf", eps=0.1, proposals=1000)(model, X, Y, streams())
@@ -148,6 +148,11 @@ def test_each_sign_is_told_from_the_others(model, shown):
     found = inspect(model, X, Y)
     assert set(found) == set(CHECKS)
     assert {name for name, mask in found.items() if mask.any()} == shown
+
+
+def test_a_label_that_comes_third_is_no_sign():
+    labels = NET(X).topk(3).indices[:, 2]  # of a wrong image: there DLR is constant
+    assert not inspect(NET, X, labels)["zero_gradient"].any()
 
 
 def test_a_forward_pass_that_differentiates_is_noticed():

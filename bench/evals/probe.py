@@ -87,7 +87,7 @@ class Probe(Base):
             torch.manual_seed(subject.seed)
             right = decide(model, x, streams.child("clean")) == y
             signs = inspect(model, x, y, streams)
-            if signs["zero_gradient"].all():
+            if (signs["zero_gradient"] | ~right).all():
                 model = Connected(model)
             case = Case(model, x, y, right, bool(signs["randomised"].any()), streams)
             edge = largest(self.norm, images.shape)
