@@ -49,7 +49,9 @@ def on_digits(name: str, folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", SUITES)
+@pytest.mark.parametrize(
+    "name", [name if name == "kap_small_mnist" else pytest.param(name, marks=pytest.mark.slow) for name in SUITES]
+)
 def test_it_runs_at_smoke(name: str, tmp_path: Path) -> None:
     request = Request(
         defense="kap@noise=0.1", suite=str(on_digits(name, tmp_path)), budget="smoke", runs=tmp_path, device="cpu"
