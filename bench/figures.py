@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from bench.registry import resolve
 from bench.store import Metric, Strict
-from bench.suites import SUITES, Suite, explain, load_suite, unknown
+from bench.suites import SUITES, Suite, in_words, load_suite, unknown
 from bench.wanted import Need
 
 FIGURES = SUITES.parent / "figures"
@@ -212,18 +212,12 @@ def load_figure(name: str) -> Figure:
     path = Path(name) if name.endswith(".toml") else FIGURES / f"{name}.toml"
     if not path.is_file():
         raise FigureError(f"figure: {unknown(name, available_figures())}, or give the path of a .toml file")
-    try:
+    with in_words(path.name, FigureError, ("curves", *VIEWS)):
         figure = Figure(**tomllib.loads(path.read_text()))
         suites: dict[str, Suite] = {}
         for number, panel in enumerate(figure.panels, start=1):
             _exists(f"panel {number} ({panel.title})", panel, suites)
-    except tomllib.TOMLDecodeError as error:
-        raise FigureError(f"{path.name}: not valid TOML: {error}") from error
-    except ValidationError as error:
-        raise FigureError(f"{path.name}: {explain(error, kinds=('curves', *VIEWS))}") from error
-    except ValueError as error:
-        raise FigureError(f"{path.name}: {error}") from error
-    return figure
+        return figure
 
 
 def _exists(place: str, panel: Curves | View, suites: dict[str, Suite]) -> None:

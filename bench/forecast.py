@@ -77,6 +77,9 @@ def forecast(run: Run, jobs: Sequence[Job], timed: Callable[[list[Part]], Probe 
         timed: gives the seconds of passes and of steps of parts; a probe of the device that will do the work unless given, and
             then stored records are not asked.
     """
+    workers = run.executor.places() if run.executor else 1
+    if not jobs:  # a probe of the device would be for nothing
+        return Forecast((), workers)
     folder = run.store.root / run.suite.name / "parts"
     parts: dict[str, Part] = {}
     lacks: dict[tuple[str, int], tuple[str, ...]] = {}
@@ -96,7 +99,7 @@ def forecast(run: Run, jobs: Sequence[Job], timed: Callable[[list[Part]], Probe 
     for job in jobs:
         needs = tuple(dict.fromkeys(key for variant, seed in job.models() for key in lacks[variant.label, seed]))
         lines.append(Line(job.title, job, job.title, costs.job(job), needs))
-    return Forecast(tuple(lines), run.executor.places() if run.executor else 1)
+    return Forecast(tuple(lines), workers)
 
 
 def _probed(run: Run, parts: list[Part]) -> Probe | None:

@@ -144,5 +144,5 @@ def ranks(values: Mapping[str, pd.Series]) -> dict[str, tuple[int, bool]]:
             best, found[name] = name, place
         else:
             found[name] = found[best]
-    shared = [rank for rank in found.values()]
+    shared = list(found.values())
     return {name: (rank, shared.count(rank) > 1) for name, rank in found.items()}

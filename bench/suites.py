@@ -6,7 +6,8 @@ import copy
 import difflib
 import re
 import tomllib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -159,20 +160,14 @@ def load_suite(name: str | Path, budget: str = "quick") -> Suite:
     if path is None or not path.is_file():
         raise SuiteError(f"suite: {unknown(str(name), available())}, or give the path of a .toml file")
     raw = _read(path, [])
-    try:
+    with in_words(path.name, SuiteError):
         return Suite(budget=budget, **_at_budget(raw, budget))
-    except ValidationError as error:
-        raise SuiteError(f"{path.name}: {explain(error)}") from error
-    except (TypeError, ValueError) as error:
-        raise SuiteError(f"{path.name}: {error}") from error
 
 
 def _read(path: Path, children: list[Path]) -> dict[str, Any]:
     """The content of a suite file, on top of what it extends; ``children`` are the files that led here."""
-    try:
+    with in_words(str(path), SuiteError):
         raw = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise SuiteError(f"{path}: not valid TOML: {error}") from error
     _check_tables(path.name, raw)
     _add_attacks(path, raw.pop("attacks", {}))
     given = raw.pop("extends", None)
@@ -254,6 +249,25 @@ def _at_budget(raw: dict[str, Any], budget: str) -> dict[str, Any]:
             raise SuiteError(f"budget.{budget}.{key}: a budget may only choose among {place.get(last, [])}, got {value}")
         place[last] = value
     return raw
+
+
+@contextmanager
+def in_words(file: str, kind: type[ValueError] = ValueError, kinds: Collection[str] = KINDS) -> Iterator[None]:
+    """Whatever is wrong with the content of a TOML file, as one line that begins with the file.
+
+    Args:
+        file: its name.
+        kind: of the errors that are raised.
+        kinds: see :func:`explain`.
+    """
+    try:
+        yield
+    except tomllib.TOMLDecodeError as error:
+        raise kind(f"{file}: not valid TOML: {error}") from error
+    except ValidationError as error:
+        raise kind(f"{file}: {explain(error, kinds=kinds)}") from error
+    except (TypeError, ValueError) as error:
+        raise kind(f"{file}: {error}") from error
 
 
 def explain(error: ValidationError, *above: str, kinds: Collection[str] = KINDS) -> str:

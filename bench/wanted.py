@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -50,6 +50,11 @@ class Hole:
     need: Need
     reason: str
 
+    @property
+    def fillable(self) -> bool:
+        """Whether a run would help; what was skipped makes no sense."""
+        return not self.reason.startswith("skipped")
+
 
 class Shelf:
     """The records of a store at one budget, by what is asked. Those of another version of a suite do not count."""
@@ -90,16 +95,16 @@ class Shelf:
         return sorted(self._records[name].get((need.variant, need.eval), []), key=lambda record: record.seed)
 
 
-def commands(holes: Sequence[Hole], budget: str) -> list[str]:
-    """What would fill the holes: a command for each suite and set of evaluations, those that cannot be filled left out."""
+def commands(needs: Iterable[Need], budget: str, seeds: Sequence[int] = ()) -> list[str]:
+    """What makes records: a command for each suite and set of evaluations, of some training seeds or of the usual one."""
     evals: dict[tuple[str, str], list[str]] = {}
-    for hole in holes:
-        if not hole.reason.startswith("skipped"):
-            evals.setdefault((hole.need.suite, hole.need.spec), []).append(hole.need.eval)
+    for need in needs:
+        evals.setdefault((need.suite, need.spec), []).append(need.eval)
     together: dict[tuple[str, str], list[str]] = {}
     for (suite, spec), names in evals.items():
         together.setdefault((suite, ",".join(dict.fromkeys(names))), []).append(spec)
+    told = f"--budget {budget}" + (f" --seeds {','.join(map(str, seeds))}" if seeds else "")
     return [
-        f"bench run --defense {','.join(specs)} --suite {suite} --only {names} --budget {budget}"
+        f"bench run --defense {','.join(specs)} --suite {suite} {told} --only {names}"
         for (suite, names), specs in together.items()
     ]

@@ -74,7 +74,7 @@ def told(text: str) -> set[tuple[str, str, str]]:
     """What the commands in a text would make: suite, variant and evaluation, each of which exists."""
     found = set()
     for defense, suite, only in re.findall(
-        r"^bench run --defense (\S+) --suite (\S+) --only (\S+) --budget quick$", text, re.M
+        r"^bench run --defense (\S+) --suite (\S+) --budget quick --only (\S+)$", text, re.M
     ):
         for variant in resolve(defense, {}):
             for name in only.split(","):
@@ -175,7 +175,7 @@ def test_a_hole_has_a_reason_and_no_zero(make: Make, tmp_path: Path) -> None:
     assert drawn_lines(drawn.page.axes[0]).keys() == {"SMD"}
     assert drawn.page.axes[0].get_title() == "p\nmissing: Base"
     assert "- p: Base: error: ValueError: no" in drawn.words
-    assert f"bench run --defense naive --suite {tmp_path}/tiny.toml --only pgd --budget quick" in drawn.words
+    assert f"bench run --defense naive --suite {tmp_path}/tiny.toml --budget quick --only pgd" in drawn.words
     assert "missing: 1 of 2 results" in small_print(drawn.page).get_text()
 
 
@@ -193,9 +193,17 @@ def test_records_of_another_question_do_not_count(make: Make, tmp_path: Path, ch
     assert drawn.page.axes[0].get_lines()[:] == [] and f"- p: SMD: {reason}" in drawn.words
 
 
-def test_what_makes_no_sense_has_no_command() -> None:
-    need = Need("digits", "naive", "certified")
-    assert commands([Hole("p", need, "skipped: no noise")], "quick") == [] != commands([Hole("p", need, "no record")], "quick")
+def test_what_makes_no_sense_has_no_command(make: Make, tmp_path: Path) -> None:
+    skipped = pgd("smd", {}).model_copy(update={"status": "skipped", "error": "no noise", "metrics": []})
+    told = draw(make(PGD, TWO), tmp_path, skipped).words
+    assert "smd: skipped: no noise" in told.lower() and "--defense naive --suite" in told and "--defense smd" not in told
+
+
+def test_a_command_makes_all_that_a_suite_lacks() -> None:
+    needs = [Need("digits", spec, name) for spec in ("naive", "gal") for name in ("clean", "pgd", "pgd")]
+    asked = "--suite digits --budget quick --seeds 0,1 --only clean,pgd"
+    assert commands(needs, "quick", (0, 1)) == [f"bench run --defense naive,gal {asked}"]
+    assert Hole("p", needs[0], "no record").fillable and not Hole("p", needs[0], "skipped: no noise").fillable
 
 
 def test_a_line_through_variants_lies_at_their_places(make: Make, tmp_path: Path) -> None:

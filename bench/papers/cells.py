@@ -15,6 +15,7 @@ from bench.metrics import CONFIDENCE
 from bench.papers.layout import Answer, Beside, facts
 from bench.store import Metric, Record
 from bench.tables import numbers
+from bench.wanted import Need, commands
 
 TIMES = ("training_seconds_per_epoch", "training_seconds", "seconds_per_image")
 """What may answer besides a record's own numbers, from what it cost: an epoch of all networks, all epochs, one image."""
@@ -184,9 +185,12 @@ class Cell:
 
     def command(self, seeds: Sequence[int]) -> str:
         """What fills the cell."""
-        told = ",".join(map(str, seeds))
-        where = f"--suite {self.suite} --budget {self.budget} --seeds {told}"
-        return f"bench run --defense {self.spec} {where} --only {self.answer.eval}"
+        return commands([self.need], self.budget, seeds)[0]
+
+    @property
+    def need(self) -> Need:
+        """The record behind it."""
+        return Need(self.suite, self.spec, self.answer.eval)
 
 
 def _of_deviation(deviation: float, count: int) -> tuple[float, float]:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from bench import published
 from bench.registry import Variant, resolve
 from bench.store import Strict
-from bench.suites import explain, load_suite, unknown
+from bench.suites import in_words, load_suite, unknown
 
 TABLES = Path(__file__).parent.parent.parent / "leaderboards" / "tables"
 
@@ -225,16 +225,10 @@ def load(name: str) -> Layout:
     path = TABLES / f"{name}.toml"
     if not path.is_file():
         raise ValueError(f"table: {unknown(name, ['summary', *available()])}")
-    try:
+    with in_words(path.name):
         layout = Layout(name=name, **_read(path))
         check(layout)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path.name}: not valid TOML: {error}") from error
-    except ValidationError as error:
-        raise ValueError(f"{path.name}: {explain(error)}") from error
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from error
-    return layout
+        return layout
 
 
 def _read(path: Path) -> dict[str, Any]:

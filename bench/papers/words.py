@@ -10,6 +10,7 @@ from bench import published
 from bench.papers.cells import Cell
 from bench.papers.join import Label, PaperTable, suite
 from bench.papers.layout import Layout
+from bench.wanted import commands
 
 WORDS: dict[str, dict[str, str]] = {
     "dataset": {
@@ -210,17 +211,7 @@ def _commands(table: PaperTable) -> list[str]:
     holes = [cell for cell in table.cells.values() if not cell.filled and not cell.why.startswith("makes no sense")]
     if not holes:
         return []
-    grouped: dict[tuple[str, str], list[str]] = {}
-    for cell in holes:
-        grouped.setdefault((cell.suite, cell.spec), []).append(cell.answer.eval)
-    together: dict[tuple[str, str], list[str]] = {}
-    for (suite_name, spec), evals in grouped.items():
-        together.setdefault((suite_name, ",".join(dict.fromkeys(evals))), []).append(spec)
-    seeds = ",".join(map(str, table.seeds))
-    apart = [
-        f"bench run --defense {','.join(specs)} --suite {name} --budget {table.budget} --seeds {seeds} --only {evals}"
-        for (name, evals), specs in together.items()
-    ]
+    apart = commands((cell.need for cell in holes), table.budget, table.seeds)
     return [f"bench reproduce {table.layout.name} --budget {table.budget}", *apart]
 
 

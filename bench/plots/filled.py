@@ -127,6 +127,6 @@ def words(figure: Figure, filled: Sequence[Filled], budget: str) -> str:
 def _missing(gaps: Sequence[Hole], budget: str) -> Iterator[str]:
     if gaps:
         yield "\n".join([f"Missing at budget {budget}:", *(f"- {hole.where}: {hole.reason}" for hole in gaps)])
-    fills = commands(gaps, budget)
+    fills = commands((hole.need for hole in gaps if hole.fillable), budget)
     if fills:
         yield "\n".join(["What would make it:", *fills])
