@@ -52,6 +52,13 @@ def test_seeds_are_averaged_and_other_evaluations_left_out() -> None:
     )
 
 
+def test_the_legend_names_lines_that_the_first_panel_lacks() -> None:
+    figure = plots.convergence([told("naive", "adaptive", after(apgd=0.5)), told("kap", "probe", after(pgd=0.7))])
+    assert figure is not None
+    (legend,) = (axes.get_legend() for axes in figure.axes if axes.get_legend())
+    assert {text.get_text() for text in legend.get_texts()} == {"naive", "kap"}
+
+
 def test_gradients_that_vanish_and_margins_on_the_way() -> None:
     steps = {"step 0": 0.0, "step 1": 0.5, "step 10": 1.0}
     margins = {"margin_gradient": 2.0, "margin_random": -3.0, "margin_clean": -4.0}

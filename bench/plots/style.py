@@ -165,7 +165,7 @@ def legend(figure: Figure, panels: list[Axes]) -> None:
     for axes in panels:
         handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     if len(handles) <= BANDS:
-        panels[0].legend(fontsize=7, frameon=False)
+        panels[0].legend(handles.values(), handles.keys(), fontsize=7, frameon=False)  # also of lines that others have
     else:
         legend_above(figure, handles)
 
