@@ -1,21 +1,24 @@
 """Throughput of the certificate and of AutoAttack with 1 and 2 workers, as a ratio, and what an executor costs a task.
 
-    python -m tests.speed.executors [--executor processes|ray] [--images 40] [--rounds 3] [--empty 200]
+    python -m tests.speed.executors [--executor processes|ray] [--images 40] [--rounds 3] [--empty 200] [--out FILE]
 
-Both work on pieces of one question about a network that is trained before; workers start before the clock, and the best of
-the rounds counts. On busy cores, or with more workers than cores, the ratio says little.
+Both work on pieces of one question about a network that is trained before; workers start before the clock, and the median
+of the rounds' ratios counts. On busy cores, or with more workers than cores, the ratio says little.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from bench import work
 from bench.evals import Certified, Piece, Robust
@@ -25,6 +28,7 @@ from bench.processes import Processes
 from bench.progress import Progress
 from bench.runner import Request, Run
 from defenses.naive import naive
+from tests.speed.timing import keep
 
 EPS = 1e-6
 """So small that every image costs the whole attack."""
@@ -39,13 +43,16 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--empty", type=int, default=200)
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
     run = Run(Request(defense="naive", suite="digits", device="cpu"))
     model, task = naive.build(run.task), replace(run.task, recipe=replace(run.task.recipe, epochs=5))
     with tempfile.TemporaryDirectory() as folder:
         naive.fit(model, task, PartStore(Path(folder), task, Progress(None)), 0)
-    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    note: dict[str, Any] = {"executor": options.executor, "cores": os.cpu_count(), "load": os.getloadavg()[0], "works": []}
+    print(f"{note['cores']} cores, load {note['load']:.1f}")
     if options.executor == "ray":
         from bench.cluster import Cluster
 
@@ -62,16 +69,21 @@ def main() -> None:
     try:
         drive(executor, [(work.measure, (data, test, questions["certificate"], asked, Piece(slice(0, 1), {}), None))] * 4, 2)
         spent = drive(executor, [(id, ())] * options.empty, 2)
-        print(f"an empty task: {1000 * spent / options.empty:.2f} ms of two workers")
+        note["empty_task_milliseconds"] = 1000 * spent / options.empty
+        print(f"an empty task: {note['empty_task_milliseconds']:.2f} ms of two workers")
         for name, question in questions.items():
             setting = {} if name == "certificate" else {"eps": EPS}
             slices = [slice(start, start + SIZE) for start in range(0, options.images, SIZE)]
             tasks = [(work.measure, (data, test, question, asked, Piece(rows, setting), None)) for rows in slices]
-            best = {workers: min(drive(executor, tasks, workers) for _ in range(options.rounds)) for workers in (1, 2)}
-            told = f"1 worker {best[1]:.2f} s, 2 workers {best[2]:.2f} s"
-            print(f"{name}: {options.images} images, {told}: {best[1] / best[2]:.2f} times")
+            seconds = [[drive(executor, tasks, workers) for workers in (1, 2)] for _ in range(options.rounds)]
+            ratios = sorted(one / two for one, two in seconds)
+            row = {"work": name, "images": options.images, "tasks": len(tasks), "seconds": seconds}
+            row |= {"ratio": statistics.median(ratios), "ratio_lowest": ratios[0], "ratio_highest": ratios[-1]}
+            note["works"].append(row)
+            print(f"{name}: {row['ratio']:.2f} times ({ratios[0]:.2f} to {ratios[-1]:.2f}) with 2 workers; {seconds} s")
     finally:
         executor.close()
+    keep(options.out, note)
 
 
 def drive(executor: Executor, tasks: list[tuple[Callable[..., Any], tuple[Any, ...]]], most: int) -> float:

@@ -1,64 +1,93 @@
-"""How long all suites take at full budget on 8, 64 and 512 workers, by the scheduler that `bench run` uses; nothing is run.
+"""How long all tables of papers take at full budget on 8, 64 and 512 workers, by the scheduler of `bench run`; nothing is run.
 
-    python -m tests.speed.plan [--suites mnist,cifar10] [--seeds 3] [--speedup 1] [--workers 8,64,512]
+    python -m tests.speed.plan [--tables cear_table1,...] [--seeds 0,1,2] [--speedup 1] [--workers 8,64,512] [--out FILE]
 
-The unit costs are measured here, on one CPU thread: seconds of a forward and of a backward pass of every suite's network, and
-of every kind of training how many such passes a step takes an image, on LeNet-5. Passes of an evaluation are counted as if
-nothing ended early. `--speedup` says how many times as fast a worker is as this thread; it divides makespans, and nothing else
-depends on it, since no transfer and no start of a task is counted. Suites whose data is not at hand are named and left out.
+What several tables need counts once, seeds are those of each table unless given, and suites whose data is not at hand are named
+and left out. The unit costs are measured here, on one CPU thread: seconds of a forward and of a backward pass of every suite's
+network, and of every kind of training how many such passes a step takes an image, on LeNet-5. Passes of an evaluation are
+counted as if nothing ended early. `--speedup` says how many times as fast a worker is as this thread; it divides makespans, and
+nothing else depends on it, since no transfer and no start of a task is counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bench.costs import Probe, probe, timed, training
-from bench.data import DataError
 from bench.evals import Robust
 from bench.evals.api import Smoothing
 from bench.forecast import Forecast, forecast
+from bench.jobs import Job
+from bench.papers import layout
+from bench.papers.reproduce import Wish, prepare
 from bench.plan import Item, duration, schedule
+from bench.progress import Progress
 from bench.runner import Request, Run
-from bench.suites import available
 from defenses.api import Part, Task
 from defenses.nets import network
 from defenses.training import Trained
+from tests.speed.timing import keep
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--suites", default="")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tables", default="")
+    parser.add_argument("--seeds", default="")
     parser.add_argument("--speedup", type=float, default=1.0)
     parser.add_argument("--workers", default="8,64,512")
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    names = options.tables.split(",") if options.tables else layout.available()
     equivalents: dict[str, float] = {}
     items: list[Item] = []
-    for name in options.suites.split(",") if options.suites else available():
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                seeds = tuple(range(options.seeds))
-                run = Run(Request(defense="all", suite=name, budget="paper", seeds=seeds, runs=Path(folder)))
-            except (DataError, ValueError) as error:
-                print(f"left out: {name}: {str(error)[:100]}")
-                continue
-            plan = forecast(run, run.jobs, lambda parts, run=run: scaled(run.task, parts, equivalents))
-        own = list(pieces(name, plan))
-        items += own
-        dark = sum(not line.estimate.known for line in plan.lines)
-        work = duration(sum(item.seconds for item in own))
-        print(f"{name:22} {work:>12} in {len(own)} tasks; {dark} lines without an estimate", flush=True)
+    note: dict[str, Any] = {"tables": names, "speedup": options.speedup, "suites": [], "plans": []}
+    with tempfile.TemporaryDirectory() as folder:
+        wish = Wish(budget="paper", seeds=tuple(map(int, filter(None, options.seeds.split(",")))), runs=Path(folder))
+        for suite, (run, jobs) in wanted(names, wish).items():
+            plan = forecast(run, list(jobs.values()), lambda parts, run=run: scaled(run.task, parts, equivalents))
+            run.close()
+            own = pieces(suite, plan)
+            items += own
+            facts = {
+                "suite": suite,
+                "seconds": sum(item.seconds for item in own),
+                "trainings": sum(line.job is None for line in plan.lines),
+                "records": len(jobs),
+                "tasks": len(own),
+                "without_estimate": sum(not line.estimate.known for line in plan.lines),
+            }
+            note["suites"].append(facts)
+            told = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in facts.items() if isinstance(value, int))
+            print(f"{suite:22} {duration(facts['seconds']):>12}: {told}", flush=True)
     items = [Item(item.key, item.seconds / options.speedup, item.needs) for item in items]
     for workers in map(int, options.workers.split(",")):
         found = schedule(items, workers)
         limit = found.limit if len(found.limit) < 300 else f"{found.limit[:300]} ..."
+        seconds = {"seconds": found.makespan, "efficiency": found.efficiency}
+        note["plans"].append({"workers": workers, **seconds, "limit": limit})
         print(f"{workers:4} workers: {duration(found.makespan)}, efficiency {found.efficiency:.1%}, limited by {limit}")
+    keep(options.out, note)
+
+
+def wanted(names: Sequence[str], wish: Wish) -> dict[str, tuple[Run, dict[str, Job]]]:
+    """A run of each suite that the tables need, and its jobs by title."""
+    found: dict[str, tuple[Run, dict[str, Job]]] = {}
+    for name in names:
+        for step in prepare(layout.load(name), wish, Progress(None)):
+            if step.run is None:
+                print(f"left out: {step.suite} of {name}: {step.problem[:100]}")
+                continue
+            _, jobs = found.setdefault(step.suite, (step.run, {}))
+            jobs |= {job.title: job for job in step.run.jobs}
+    return found
 
 
 def scaled(task: Task, parts: list[Part], equivalents: dict[str, float]) -> Probe:

@@ -114,20 +114,27 @@ def report(
     """Make each comparison, print it, and write all of them with what they are of."""
     given = parser.parse_args()
     options = argparse.Namespace(**{**vars(given), "batch": given.batch or BATCH[given.architecture]})
-    # Where the script and the record lie is nobody else's business.
-    words = ["python", "-m", f"tests.speed.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
-    asked = [word for place, word in enumerate(words) if "--out" not in words[max(0, place - 1) : place + 1]]
     torch.set_num_threads(1)
     torch.empty(31 * 2**20, dtype=torch.uint8)  # freed, it teaches glibc to keep large blocks: so does loading images
     task = task_of(options)
     shown = {name: getattr(options, name) for name in ("architecture", "members", "batch", "rounds") if hasattr(options, name)}
-    note: dict[str, Any] = {
-        **shown, "command": shlex.join(asked), "threads": torch.get_num_threads(),
-        "device": environment.device_name(options.device), "versions": environment.versions(), "made": environment.code(),
-    }  # fmt: skip
+    note: dict[str, Any] = shown
     for title, compare in titles.items():
         note[title] = compare(task, options)
         print(f"\n{title}\n{tabulate(note[title], headers='keys', floatfmt='.3g')}", flush=True)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(note, indent=1) + "\n")
+    keep(options.out, note, options.device)
+
+
+def keep(out: Path | None, note: dict[str, Any], device: str = "cpu") -> None:
+    """Write what was measured, with the command, the device and the versions that it is of; nothing without a file."""
+    if out is None:
+        return
+    # Where the script and the record lie is nobody else's business.
+    words = ["python", "-m", f"tests.speed.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
+    asked = [word for place, word in enumerate(words) if "--out" not in words[max(0, place - 1) : place + 1]]
+    about = {
+        "command": shlex.join(asked), "threads": torch.get_num_threads(), "device": environment.device_name(device),
+        "versions": environment.versions(), "made": environment.code(),
+    }  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({**about, **note}, indent=1) + "\n")
