@@ -253,7 +253,7 @@ def test_a_sure_image_has_a_true_gradient() -> None:
     assert float(odds_against(exact, y)[1].detach()) == pytest.approx(float(((1 - p) / p).log()))
 
 
-@pytest.mark.parametrize("architecture", ["lenet5", "resnet20"])
+@pytest.mark.parametrize("architecture", ["lenet5", pytest.param("resnet20", marks=pytest.mark.slow)])
 def test_continued_training_ends_with_the_same_bits(architecture: str) -> None:
     one = task((3, 32, 32), architecture, 20)
     one = replace(one, recipe=Recipe(epochs=3, batch=8, lr=0.01))
