@@ -338,7 +338,8 @@ def test_noise_and_pool_change_what_is_trained() -> None:
 def test_a_run_of_the_family(tmp_path: Path) -> None:
     suite = tmp_path / "kernels.toml"
     suite.write_text(
-        'name = "kernels"\nversion = 1\ndataset = "digits"\narchitecture = "cnn2_16"\ntrain_images = 128\nvalidation_images = 20\n'
+        'name = "kernels"\nversion = 1\ndataset = "digits"\narchitecture = "cnn2_16"\n'
+        "train_images = 128\nvalidation_images = 20\n"
         '[recipe]\nepochs = 5\nbatch = 32\noptimizer = "adam"\nlr = 0.01\n'
         '[evals.clean]\nkind = "clean"\nimages = 20\n'
         '[evals.fgsm]\nkind = "robust"\nattack = "fgsm"\nnorm = "linf"\neps = ["0.02"]\nimages = 5\n'
