@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from bench import options
-from bench.options import FAILED, INTERRUPTED, WRONG, Data, OwnFile, Runs, SuiteName
+from bench.options import FAILED, INTERRUPTED, WRONG, Address, Data, OwnFile, Runs, SuiteName, Workers
 from bench.reading import COMMANDS
 
 app = typer.Typer(
@@ -32,10 +32,8 @@ def run(  # noqa: PLR0913, PLR0917 (every option of the contract)
     data: Data = None,
     runs: Runs = Path("runs"),
     fresh: Annotated[bool, typer.Option("--fresh", help="move old results aside (never deleted) and begin anew")] = False,
-    executor: Annotated[str, typer.Option(help="local (with several GPUs a process for each) or ray")] = "local",
-    address: Annotated[
-        str | None, typer.Option(help="of a Ray cluster, such as auto; default: $RAY_ADDRESS, else a new one")
-    ] = None,
+    executor: Workers = "local",
+    address: Address = None,
     shard: Annotated[str, typer.Option(help="I/K: do every K-th piece, from the I-th; then merge, and run without it")] = "1/1",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be done")] = False,
 ) -> None:
@@ -89,6 +87,8 @@ def reproduce(  # noqa: PLR0913, PLR0917 (every option of the contract)
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1")] = "auto",
     data: Data = None,
     runs: Runs = Path("runs"),
+    executor: Workers = "local",
+    address: Address = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan alone")] = False,
 ) -> None:
     """Run whatever is missing for a table of a paper, and print it; the plan comes first."""
@@ -98,7 +98,8 @@ def reproduce(  # noqa: PLR0913, PLR0917 (every option of the contract)
     from bench.progress import Progress
 
     environment.one_thread()
-    wish = Wish(budget=budget, seeds=options.seeds(seeds) if seeds else (), device=device, data=data, runs=runs)
+    chosen = options.seeds(seeds) if seeds else ()
+    wish = Wish(budget=budget, seeds=chosen, device=device, data=data, runs=runs, executor=executor, address=address)
     try:
         well = show.reproduced(load(table), wish, Progress(sys.stderr), dry_run)
     except KeyboardInterrupt:

@@ -158,8 +158,8 @@ class Cluster:
                 )
         return int(self._slots * AHEAD + 0.5) - len(self._running)
 
-    def put(self, key: str, value: Any) -> Token:
-        return Token(key, ray.put(value))
+    def put(self, value: Any) -> Token:
+        return Token(ray.put(value))
 
     def forget(self, token: Token) -> None:
         """Nothing to do: the store lets go of what no token holds."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
+from uuid import uuid4
 
 import torch
 
@@ -81,10 +82,10 @@ def mismatch(setting: Setting, place: str) -> ExecutorError | None:
 
 @dataclass(frozen=True)
 class Token:
-    """Stands for something that was put where all workers can get it."""
+    """Stands for something that was put where all workers can get it; no two have the same key, whatever the executor."""
 
-    key: str
     value: Any = field(default=None, compare=False)
+    key: str = field(default_factory=lambda: uuid4().hex)
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Executor(Protocol):
             ExecutorError: if no worker is left and none came back.
         """
 
-    def put(self, key: str, value: Any) -> Token:
+    def put(self, value: Any) -> Token:
         """Hand something over once for all tasks."""
 
     def forget(self, token: Token) -> None:

@@ -106,7 +106,7 @@ def _probed(run: Run, parts: list[Part]) -> Probe | None:
     """A probe here, or as a task of the run's executor; None if its worker was lost or could not do it."""
     if run.executor is None:
         return probe(run.task, parts)
-    token = run.executor.put("probed task", run.task)
+    token = run.executor.put(run.task)
     number = run.executor.submit(work.probed, token, parts)
     while True:
         for found, news in run.executor.events(1.0):

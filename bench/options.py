@@ -15,6 +15,10 @@ Runs = Annotated[Path, typer.Option("--runs", help="folder of results")]
 Data = Annotated[Path | None, typer.Option("--data", help="folder of data sets; default: $BENCH_DATA, else a download")]
 SuiteName = Annotated[str, typer.Option("--suite", help="name of a suite, or a .toml file")]
 OwnFile = Annotated[Path | None, typer.Option("--defense", help="your .py file, if the records' defense is in one")]
+Workers = Annotated[str, typer.Option("--executor", help="local (with several GPUs a process for each) or ray")]
+Address = Annotated[
+    str | None, typer.Option("--address", help="of a Ray cluster, such as auto; default: $RAY_ADDRESS, else a new one")
+]
 Out = Annotated[Path, typer.Option("--out", help="folder to write to")]
 
 

@@ -64,9 +64,10 @@ class Processes:
     def room(self) -> int:
         return sum(worker.task is None for worker in self._workers)
 
-    def put(self, key: str, value: Any) -> Token:
-        self._things[key] = pickle.dumps(value)
-        return Token(key)
+    def put(self, value: Any) -> Token:
+        token = Token()
+        self._things[token.key] = pickle.dumps(value)
+        return token
 
     def forget(self, token: Token) -> None:
         del self._things[token.key]

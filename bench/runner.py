@@ -14,9 +14,9 @@ from typing import Any
 import pandas as pd
 import torch
 
-from bench import environment, registry
+from bench import environment, plugins, registry
 from bench.evals import Evaluation, Skipped, Subject
-from bench.executors import opened
+from bench.executors import Executor, opened
 from bench.forecast import Forecast
 from bench.jobs import ITSELF, Fitted, Job, Ready, numerics, price, together, weights_hash
 from bench.partial import StoreError, differences
@@ -67,6 +67,9 @@ class Request:
 class Run:
     """A request made concrete: suite, data and jobs.
 
+    Args:
+        executor: workers that other runs share; without it those that the request names, which this run lets go.
+
     Attributes:
         plan: of what is missing, if somebody made one; the longest work then begins first.
 
@@ -74,7 +77,7 @@ class Run:
         ValueError: for names, devices, suites or data that cannot be used (before anything is written).
     """
 
-    def __init__(self, request: Request, progress: Progress | None = None) -> None:
+    def __init__(self, request: Request, progress: Progress | None = None, executor: Executor | None = None) -> None:
         self.request = request
         self.progress = progress or Progress(None)
         self.suite = load_suite(request.suite, request.budget)
@@ -83,8 +86,10 @@ class Run:
         for name in request.only:
             if name not in self.suite.evals:
                 raise SuiteError(f"--only: {unknown(name, self.suite.evals)}")
-        self.executor = opened(request.executor, request.address, request.device)
-        # After the suite, whose own attacks go to the workers. With workers elsewhere this process only hands over and keeps.
+        # After the suite, whose own attacks go to the workers.
+        self._own = None if executor else opened(request.executor, request.address, request.device)
+        self.executor = executor or self._own
+        # With workers elsewhere this process only hands over and keeps.
         self.device = self.executor.device if self.executor else environment.device(request.device)
         self.device_name = self.executor.device_name if self.executor else environment.device_name(self.device)
         self.task, self.test = prepare(self.suite, "cpu" if self.executor else self.device, request.data)
@@ -122,8 +127,13 @@ class Run:
         return Record(
             status="running",
             suite={"name": self.suite.name, "version": self.suite.version, "budget": self.suite.budget},
-            defense={"name": variant.name, "variant": variant.label, "fields": as_json(settings(variant.defense))},
-            eval={"name": name, "fields": asked},
+            defense={
+                "name": variant.name,
+                "variant": variant.label,
+                "fields": as_json(settings(variant.defense)),
+                **plugins.content(variant.module),
+            },
+            eval={"name": name, "fields": asked, **(plugins.content(plugins.attack_origin(attack)) if attack else {})},
             seed=seed,
             task={
                 "dataset": self.suite.dataset,
@@ -139,9 +149,9 @@ class Run:
         )
 
     def close(self) -> None:
-        """Let go of the workers of a run that is not executed."""
-        if self.executor:
-            self.executor.close()
+        """Let go of the run's own workers; only for a run that is not executed."""
+        if self._own:
+            self._own.close()
 
     def missing(self) -> list[Job]:
         """Jobs without a finished record.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,17 +54,17 @@ def planned(run: Run) -> None:
 
 def reproduced(layout: Layout, wish: Wish, progress: Progress, dry_run: bool) -> bool:
     """Print a table's plan, run what is missing unless ``dry_run``, and print the table; whether everything could be done."""
+    from bench.executors import opened
     from bench.papers import formats, join, reproduce
 
-    steps = reproduce.prepare(layout, wish, progress)
-    for line in reproduce.plan(layout, wish, steps):
-        print(line, flush=True)
-    if dry_run:
-        for step in steps:
-            if step.run:
-                step.run.close()
-        return True
-    records = reproduce.execute(steps)
+    executor = opened(wish.executor, wish.address, wish.device)
+    with closing(executor) if executor else nullcontext():
+        steps = reproduce.prepare(layout, wish, progress, executor)
+        for line in reproduce.plan(layout, wish, steps):
+            print(line, flush=True)
+        if dry_run:
+            return True
+        records = reproduce.execute(steps)
     print("\n" + formats.render(join.join(layout, Store(wish.runs), wish.budget)))
     return all(step.run for step in steps) and all(record.status != "error" for record in records)
 

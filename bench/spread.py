@@ -75,7 +75,7 @@ class Spread:
 
     def execute(self) -> None:
         """Do everything; records are stored as they come."""
-        self.task, self.test = self.executor.put("task", self.run.task), self.executor.put("test", self.run.test)
+        self.task, self.test = self.executor.put(self.run.task), self.executor.put(self.run.test)
         with self.run.progress.board(f"{self.total} evaluations on {self.executor.workers}") as self.board:
             while self._advance():
                 for number, news in self.executor.events(0.2):
@@ -86,6 +86,8 @@ class Spread:
                     else:
                         self.board.end(number)
                         self._ended(self.flight.pop(number), news)
+        for token in (self.task, self.test, *self.tokens.values()):  # others may go on with the same workers
+            self.executor.forget(token)
 
     def _advance(self) -> bool:
         """Hand over what can be done; whether something is left."""
@@ -149,7 +151,7 @@ class Spread:
     def _put(self, key: str, value: Any) -> Token:
         """Hand something over, unless it was before."""
         if key not in self.tokens:
-            self.tokens[key] = self.executor.put(key, value)
+            self.tokens[key] = self.executor.put(value)
         return self.tokens[key]
 
     def _submit(self, errand: Errand) -> None:
@@ -214,8 +216,9 @@ class Spread:
             for pieces in self.run.alone(one.pieces.ready, one.trouble):
                 self._begin(pieces)
         self._count()
-        used = {token.key for one in self.open for own in one.asked for token in (own.model, *own.others.values())}
-        for key in self.tokens.keys() - used - self.making.wanted():
+        used = {token for one in self.open for own in one.asked for token in (own.model, *own.others.values())}
+        wanted = self.making.wanted()
+        for key in [key for key, token in self.tokens.items() if token not in used and key not in wanted]:
             self.executor.forget(self.tokens.pop(key))
 
     def _count(self) -> None:

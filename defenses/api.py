@@ -202,7 +202,7 @@ class Part(ABC):
         """Everything that decides the result, as JSON data; its hash is the part's key."""
         own = {name: _plain(value) for name, value in settings(self).items() if name != "needs"}
         return {
-            "kind": type(self).__name__,
+            **_kind(self),
             "version": self.version,
             "fields": own,
             "needs": [need.key(task) for need in self.needs],
@@ -215,9 +215,15 @@ class Part(ABC):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def _kind(value: Any) -> dict[str, str]:
+    """What a value is an instance of; with the hash of the user's file that the class is in, as no version tells of edits."""
+    found = {"kind": type(value).__name__}
+    return {**found, "file_hash": value.__file_hash__} if hasattr(value, "__file_hash__") else found
+
+
 def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
-        return {"kind": type(value).__name__, **{name: _plain(own) for name, own in settings(value).items()}}
+        return {**_kind(value), **{name: _plain(own) for name, own in settings(value).items()}}
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -53,10 +53,11 @@ class Scripted:
     def room(self) -> int:
         return 2 - len(self.waiting)
 
-    def put(self, key: str, value: Any) -> Token:
-        assert key not in self.things, "handed over once"
-        self.things[key] = pickle.dumps(value)
-        return Token(key)
+    def put(self, value: Any) -> Token:
+        token, thing = Token(), pickle.dumps(value)
+        assert thing not in self.things.values(), "handed over once"
+        self.things[token.key] = thing
+        return token
 
     def forget(self, token: Token) -> None:
         del self.things[token.key]

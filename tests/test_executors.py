@@ -66,7 +66,20 @@ def test_work_elsewhere_ends_in_the_same_files(here, tmp_path: Path, monkeypatch
     assert all(("forward_milliseconds" in record.cost) == (record.eval["name"] == "clean") for record in records)
     trained = [arguments[1] for function, arguments in executor.seen if function is work.make_part]
     assert len(trained) == len({str(part) for part in trained}), "a part that defenses share is made once"
-    assert executor.things.keys() == {"task", "test"} and executor.closed, "models are let go of"
+    assert not executor.things and executor.closed, "everything is let go of"
+
+
+def test_runs_that_share_workers_see_their_own_data_and_leave_nothing(tiny: Path) -> None:
+    """Of the second run no worker may take what it kept of the first."""
+    other = tiny.with_name("other.toml")
+    other.write_text(tiny.read_text().replace("train_images = 64", "train_images = 40").replace('"tiny"', '"other"'))
+    workers = Scripted()
+    for place in (tiny, other):
+        words: dict[str, Any] = {"defense": "naive@members=2", "suite": str(place), "device": "cpu", "only": ("clean", "pgd")}
+        Run(Request(**words, runs=tiny.parent / "away"), executor=workers).execute()
+        Run(Request(**words, runs=tiny.parent / "here")).execute()
+        assert not workers.things and not workers.closed
+    assert contents(tiny.parent / "away") == contents(tiny.parent / "here")
 
 
 @pytest.mark.parametrize("lost", ["make_part", "measure"])

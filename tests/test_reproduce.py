@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from elsewhere import Scripted
 
 from bench import cli, published, suites
 from bench.papers import layout as layouts
@@ -128,3 +129,19 @@ def test_what_lacks_its_data_is_named_and_fails(
     words = ("reproduce", "digits_table1", "--runs", str(paper), "--device", "cpu")
     assert bench(*words, monkeypatch=monkeypatch) == 1
     assert "tiny: cannot run: tiny: asks for 1000000 test" in capsys.readouterr().out
+
+
+def test_all_suites_of_a_table_use_the_workers_that_are_asked_for(paper: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = Scripted()
+    monkeypatch.setattr("bench.executors.opened", lambda *asked: workers if asked == ("ray", "auto", "cpu") else None)
+    words = ("--executor", "ray", "--address", "auto", "--device", "cpu", "--runs", str(paper))
+    assert bench("reproduce", "digits_table1", *words, monkeypatch=monkeypatch) == 0
+    assert workers.seen and workers.closed
+    assert len([record for record in Store(paper).records() if record.status == "success"]) == 4
+
+
+def test_an_unknown_executor_is_refused(
+    paper: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench("reproduce", "digits_table1", "--executor", "slurm", monkeypatch=monkeypatch) == 2
+    assert "--executor: unknown 'slurm'; Known are local, ray" in capsys.readouterr().err

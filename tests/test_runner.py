@@ -118,7 +118,7 @@ def test_a_defense_that_fails_is_a_record_and_the_others_go_on(tiny: Path) -> No
     assert [(r.defense["name"], r.status) for r in records] == [("broken", "error"), ("fine", "success")]
     assert "ArithmeticError: no such luck" in (records[0].error or "")
     mine.write_text(mine.read_text().replace("raise ArithmeticError('no such luck')", "super().fit(model, task, parts, seed)"))
-    assert [r.status for r in Run(request(tiny, defense=f"{mine}", only=("clean",))).execute()] == ["success", "success"]
+    assert [r.status for r in Run(request(tiny, defense=f"{mine}:broken", only=("clean",))).execute()] == ["success"]
 
 
 def test_a_loss_that_becomes_nan_names_part_epoch_and_remedy(tiny: Path) -> None:
@@ -249,6 +249,36 @@ def test_a_pretrained_model_of_the_user_runs_and_its_record_is_found_again(tiny:
     assert [r.status for r in first] == ["success", "success"]
     again = Run(request(tiny, defense=str(mine), only=("clean", "pgd")))
     assert again.missing() == [] and again.execute() == first
+
+
+OWN_LOSS = """
+from dataclasses import dataclass
+from defenses.joint import EnsembleLoss, TrainedTogether
+
+@dataclass(frozen=True)
+class Scaled(EnsembleLoss):
+    def __call__(self, net, batch, needs):
+        return {"ce": 1.0 * self.errors(net, batch.x, batch)}
+
+class Own(TrainedTogether):
+    def loss(self, task):
+        return Scaled()
+
+own = Own(members=2)
+"""
+
+
+def test_who_edits_a_file_gets_new_networks_and_no_old_record(tiny: Path) -> None:
+    """No field tells of the edit: the same name, the same settings, another loss."""
+    mine = tiny.parent / "mine.py"
+    mine.write_text(OWN_LOSS)
+    (before,) = Run(request(tiny, defense=str(mine), only=("clean",))).execute()
+    assert Run(request(tiny, defense=str(mine), only=("clean",))).missing() == []
+    mine.write_text(OWN_LOSS.replace("1.0 *", "-1.0 *"))
+    with pytest.raises(StoreError, match=r"defense\.file_hash was '\w+', now '\w+'.*use --fresh"):
+        Run(request(tiny, defense=str(mine), only=("clean",))).execute()
+    (after,) = Run(request(tiny, defense=str(mine), only=("clean",), fresh=True)).execute()
+    assert after.hashes["weights"] != before.hashes["weights"] and after.metrics[0].value < before.metrics[0].value
 
 
 TWO = '''

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from bench import environment
+from bench.executors import Executor
 from bench.forecast import forecast
 from bench.papers.cells import Cell
 from bench.papers.join import join
@@ -25,6 +26,8 @@ class Wish:
     device: str = "auto"
     data: Path | None = None
     runs: Path = Path("runs")
+    executor: str = "local"
+    address: str | None = None
 
 
 @dataclass(frozen=True)
@@ -36,23 +39,28 @@ class Step:
     problem: str = ""
 
 
-def prepare(layout: Layout, wish: Wish, progress: Progress) -> list[Step]:
+def prepare(layout: Layout, wish: Wish, progress: Progress, executor: Executor | None = None) -> list[Step]:
     """A step for each suite of the paper's protocol; its networks are shared with all runs of the same folder.
+
+    Args:
+        executor: that of the wish, if it has one; all steps use it.
 
     Raises:
         ValueError: for an unknown budget or device.
     """
-    environment.device(wish.device)
+    if executor is None:
+        environment.device(wish.device)
     # The protocol's own suites, whatever records of others a table may show.
     only = layout.model_copy(update={"suites": {data: names[:1] for data, names in layout.suites.items()}})
     table = join(only, Store(wish.runs), wish.budget)
     suites: dict[str, list[Cell]] = {}
     for cell in table.cells.values():
         suites.setdefault(cell.suite, []).append(cell)
-    return [_step(suite, cells, replace(wish, seeds=wish.seeds or table.seeds), progress) for suite, cells in suites.items()]
+    wish = replace(wish, seeds=wish.seeds or table.seeds)
+    return [_step(suite, cells, wish, progress, executor) for suite, cells in suites.items()]
 
 
-def _step(suite: str, cells: list[Cell], wish: Wish, progress: Progress) -> Step:
+def _step(suite: str, cells: list[Cell], wish: Wish, progress: Progress, executor: Executor | None) -> Step:
     request = Request(
         defense=",".join(dict.fromkeys(cell.spec for cell in cells)),
         suite=suite,
@@ -60,7 +68,7 @@ def _step(suite: str, cells: list[Cell], wish: Wish, progress: Progress) -> Step
         **{field.name: getattr(wish, field.name) for field in fields(wish)},
     )
     try:
-        run = Run(request, progress)
+        run = Run(request, progress, executor)
     except ValueError as error:
         return Step(suite, None, str(error))
     wanted = {(cell.label, cell.answer.eval) for cell in cells}

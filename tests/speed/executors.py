@@ -59,8 +59,8 @@ def main() -> None:
         executor: Executor = Cluster(None, "cpu")
     else:
         executor = Processes([None, None])
-    data, test = executor.put("task", run.task), executor.put("test", run.test)
-    asked = [work.Asked(executor.put("model", model), naive, 0.25, 0, {})]
+    data, test = executor.put(run.task), executor.put(run.test)
+    asked = [work.Asked(executor.put(model), naive, 0.25, 0, {})]
     threat = {"attack": "autoattack", "norm": "linf", "eps": (EPS,), "steps": 20, "proposals": 500}
     questions = {
         "certificate": Certified(images=options.images, estimator="fixed", radii=(0.0,), n=5000),
