@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from difflib import get_close_matches
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from attacks.streams import generator
 from bench.arrays import published
-from bench.datasets import DATASETS, IDX_MD5, DataError, Dataset
+from bench.datasets import ARCHIVES, DATASETS, IDX_MD5, DataError, Dataset
 from defenses.api import Images
 
 Row = tuple[str, bytes | None, int | None]
@@ -147,7 +148,7 @@ def _cached(dataset: Dataset, split: str, root: str | Path | None, download: boo
 
 
 def _download(dataset: Dataset, cache: Path) -> str:
-    """Let torchvision fill the cache; returns why it failed, empty if it did not."""
+    """Let torchvision fill the cache; returns why it failed, empty if it did not. What is not the original is removed."""
     import torchvision
 
     try:  # torchvision raises whatever its sockets, archives and mirrors raise, and prints failures in between
@@ -155,6 +156,14 @@ def _download(dataset: Dataset, cache: Path) -> str:
             getattr(torchvision.datasets, dataset.torchvision)(cache, download=True)
     except Exception as error:
         return f"the download failed ({type(error).__name__}: {error})"
+    archives = ARCHIVES[dataset.name]
+    for name, known in archives.items():
+        given = hashlib.sha256((cache / name).read_bytes()).hexdigest()
+        if given != known:
+            shutil.rmtree(cache / dataset.layout)
+            for other in archives:
+                (cache / other).unlink(missing_ok=True)
+            return f"what was downloaded is not the original and was removed ({name} has sha256 {given}, allowed is {known})"
     return ""
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bench.data import DATASETS, DataError, hold_out, load
-from bench.datasets import IDX_MD5
+from bench.datasets import ARCHIVES, IDX_MD5
 from bench.suites import load_suite
 from defenses.api import Images
 
@@ -451,19 +451,59 @@ def test_a_folder_that_is_there_is_never_replaced_by_a_download(data):
     refused([data / "typo", "is not a folder"], "mnist", data=data / "typo")
 
 
-def test_a_download_is_checked_kept_and_used_again(monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """The folder of downloads, which are archives with the file's own name in them."""
+    own = {name: hashlib.sha256(Path(name).name.encode()).hexdigest() for name in ARCHIVES["mnist"]}
+    monkeypatch.setitem(ARCHIVES, "mnist", own)
+    return tmp_path / "home" / ".cache" / "cear-bench"
+
+
+def fetched(monkeypatch):
+    """A download that does what torchvision's does, without a network."""
+
     def fetch(url, download_root, filename, md5):
-        if not (Path(download_root) / "train-images-idx3-ubyte").exists():
+        folder = Path(download_root)
+        if not (folder / "train-images-idx3-ubyte").exists():
             print("a mirror failed")
-            Path(download_root).rmdir()
-            write_mnist(Path(download_root), monkeypatch)
+            folder.rmdir()
+            write_mnist(folder, monkeypatch)
+        (folder / filename).write_text(filename)
+
+    return fetch
+
+
+def test_a_download_that_is_not_the_original_is_removed(monkeypatch, cache):
+    first = next(iter(ARCHIVES["mnist"]))
+    monkeypatch.setitem(ARCHIVES["mnist"], first, "0" * 64)
+    monkeypatch.setattr(torchvision.datasets.mnist, "download_and_extract_archive", fetched(monkeypatch))
+    refused(["is not the original and was removed", f"{first} has sha256 ", "allowed is 0000"], "mnist")
+    assert not [path for path in cache.rglob("*") if path.is_file()]
+    refused("switched off", "mnist", download=False)
+
+
+def test_every_download_has_a_checksum():
+    for name, dataset in DATASETS.items():
+        assert set(ARCHIVES.get(name, {})) == (set(downloads(dataset)) if dataset.torchvision else set())
+
+
+def downloads(dataset):
+    """Places in the cache of what torchvision fetches."""
+    known = getattr(torchvision.datasets, dataset.torchvision)
+    if hasattr(known, "resources"):
+        return [f"{dataset.layout}/{file}" for file, _ in known.resources]
+    return [known.filename]
+
+
+def test_a_download_is_checked_kept_and_used_again(monkeypatch, cache, capsys):
+    fetch = fetched(monkeypatch)
 
     with monkeypatch.context() as online:
         online.setattr(torchvision.datasets.mnist, "download_and_extract_archive", fetch)
         assert load("mnist", "train").labels.tolist() == [0, 1, 2, 3]
     assert capsys.readouterr().out == ""
     assert load("mnist", "test", download=False).source == "mnist torchvision"
-    file = tmp_path / "home" / ".cache" / "cear-bench" / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    file = cache / "MNIST" / "raw" / "train-images-idx3-ubyte"
     file.write_bytes(file.read_bytes()[:-1])
     refused([file, "has md5"], "mnist")
 
