@@ -16,7 +16,7 @@ import pandas as pd
 from bench import metrics
 from bench.diagnose import WHOLE
 from bench.store import Record, Store
-from bench.verdicts import Judged, judged
+from bench.verdicts import Judged, judged, standing
 
 STRENGTH = ("adaptive", "cascade", "iterated", "single step", "black box", "")
 """Roles of attacks, the strongest first; "" are searches for the nearest point."""
@@ -101,7 +101,7 @@ def _worst_case(attacks: Sequence[Judged], eps: float) -> WorstCase:
     within = [(one, verdicts) for one, verdicts in within if verdicts]
     strongest = min(STRENGTH.index(one.role) for one, _ in within)
     ids = pd.concat([own for one, each in within if STRENGTH.index(one.role) == strongest for own in each]).index.unique()
-    stands = pd.concat([own for _, each in within for own in each]).groupby(level=0).min().reindex(ids).astype(bool)
+    stands = standing([own for _, each in within for own in each]).reindex(ids).astype(bool)
     words = dict.fromkeys(one.name if one.name == one.words else f"{one.name} ({one.words})" for one, _ in within)
     return WorstCase(stands, tuple(words), any(_is_strong(one) for one in attacks if eps in one.at))
 

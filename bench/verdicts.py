@@ -5,10 +5,11 @@ Reading needs no torch, so that a table of stored records can be made at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from bench.metrics import beyond_chance
@@ -195,8 +196,9 @@ def excess(pairs: Iterable[tuple[tuple[float, float], pd.Series, pd.Series]]) ->
     is beyond two standard errors."""
     found = []
     for at, strong, weak in pairs:
-        ids = strong.index.intersection(weak.index)
-        s, w = strong[ids].to_numpy(bool), weak[ids].to_numpy(bool)
+        same = strong.index.equals(weak.index)  # pandas takes long to look up the images of every pair
+        ids = strong.index if same else strong.index.intersection(weak.index)
+        s, w = (own.to_numpy(bool) if same else own[ids].to_numpy(bool) for own in (strong, weak))
         own = Excess(at, ids[s & ~w].tolist(), ids[w & ~s].tolist(), len(ids))
         if beyond_chance(len(own.more), len(own.fewer)):
             found.append(own)
@@ -205,7 +207,15 @@ def excess(pairs: Iterable[tuple[tuple[float, float], pd.Series, pd.Series]]) ->
 
 def together(attacks: Iterable[Judged], eps: float) -> pd.Series:
     """Whether each image stands under all attacks that were asked about it at a budget."""
-    return pd.concat([one.at[eps] for one in attacks if eps in one.at]).groupby(level=0).min()
+    return standing([one.at[eps] for one in attacks if eps in one.at])
+
+
+def standing(verdicts: Sequence[pd.Series]) -> pd.Series:
+    """Whether each image stands by all verdicts about it."""
+    ids = verdicts[0].index
+    if ids.is_unique and all(own.index.equals(ids) for own in verdicts):  # pandas takes long to group them
+        return pd.Series(np.logical_and.reduce([own.to_numpy(bool) for own in verdicts]), index=ids)
+    return pd.concat(verdicts).groupby(level=0).min()
 
 
 def finding(kind: str, detail: str, evaluations: Iterable[str], images: Iterable[int] = (), **evidence: Any) -> Finding:
