@@ -156,7 +156,7 @@ class Costs:
             return Estimate(float("nan"), "no stored record, and its passes cannot be counted")
         forward, backward = passes
         image = forward * self._probe.forward + backward * self._probe.backward
-        networks = getattr(job.variant.defense, "members", 1)
+        networks = job.blank.members
         basis = f"{forward + backward:,} x {networks} network passes an image, if nothing ends early; a pass was timed"
         return Estimate(job.evaluation.images * networks * image, basis)
 
@@ -204,5 +204,5 @@ def _seconds(record: Record) -> float:
 def _question(record: Record) -> str:
     """What tells questions of equal cost an image: the evaluation but for its images, data, network, and members."""
     asked = {name: value for name, value in record.eval["fields"].items() if name != "images"}
-    who = (record.task.get("dataset"), record.task.get("architecture"), record.defense.get("fields", {}).get("members"))
+    who = (record.task.get("dataset"), record.task.get("architecture"), record.members)
     return repr((sorted(asked.items(), key=str), who))

@@ -56,8 +56,7 @@ class Entry:
     @property
     def members(self) -> int:
         """Networks of the ensemble, 1 for a single one."""
-        members = self.records[0].defense.get("fields", {}).get("members", 1)
-        return members if isinstance(members, int) else 1
+        return self.records[0].members
 
     @cached_property
     def records(self) -> list[Record]:

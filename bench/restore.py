@@ -195,7 +195,7 @@ class Case:
         try:
             model = self.variant.defense.build(bare(self.record, none, none, none))
         except (Impossible, OSError):  # somebody's own defense, or one whose file is somewhere else
-            model = _Members(self.record.defense["fields"].get("members", 1))
+            model = _Members(self.record.members)
         return Subject(model, self.record.defense["fields"].get("sigma"), self.record.seed)
 
     @cached_property

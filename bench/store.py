@@ -89,6 +89,15 @@ class Record(Strict):
                 raise ValueError(f"{place} is {name!r}, which names no file of a run folder")
         return self
 
+    @property
+    def members(self) -> int:
+        """Networks of the ensemble, 1 for a single one: as many as the defense names, or else so many of the suite's."""
+        fields = self.defense.get("fields", {})
+        named, count = fields.get("architectures"), fields.get("members", 1)
+        if isinstance(named, list) and named:
+            return len(named)
+        return count if isinstance(count, int) else 1
+
     def request(self) -> dict[str, Any]:
         """What was asked, flat: the fields that must agree before work is continued or called done."""
         asked = {
@@ -249,7 +258,7 @@ class Store:
             "budget": record.suite["budget"],
             "defense": record.defense["variant"],
             "seed": record.seed,
-            "members": fields.get("members", 1),
+            "members": record.members,
             "eval": record.eval["name"],
             **{name: fields.get(name) for name in ("attack", "norm", "sigma", "estimator")},
             "status": record.status,

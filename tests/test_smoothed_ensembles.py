@@ -22,6 +22,7 @@ from bench.parts import PartStore
 from bench.progress import Progress
 from bench.registry import resolve
 from bench.runner import Request, Run
+from bench.store import Store
 from bench.suites import load_suite
 from bench.tasks import prepare
 from defenses.api import Classifier, Images, Recipe, Task
@@ -163,6 +164,7 @@ def test_a_member_set_for_colour_images_is_no_part_of_all_on_greyscale_and_skipp
     assert {"sween", "smoothed_ensemble", "cear_rw"} <= {variant.name for variant in everything.variants}
     (record,) = Run(Request(defense="sween3", suite=str(tiny), runs=tmp_path, only=("certified",))).execute()
     assert record.status == "skipped" and "colour" in record.error
+    assert record.members == 3 and Store(tmp_path).frame().members.tolist() == [3], "as many as it names"
 
 
 class Coin(Classifier):
