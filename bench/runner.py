@@ -122,7 +122,7 @@ class Run:
             asked = evaluation.model_dump(mode="json")
         images = self.test.first(evaluation.images)
         roles = {role: as_json(settings(own)) for role, own in self.task.roles.items()}
-        attack = getattr(evaluation, "attack", "")
+        attack = asked.get("attack", "")
         versions = environment.versions() | registry.packages(variant, evaluation.others, attack, self.request.suite)
         return Record(
             status="running",

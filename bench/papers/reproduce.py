@@ -50,14 +50,20 @@ def prepare(layout: Layout, wish: Wish, progress: Progress, executor: Executor |
     """
     if executor is None:
         environment.device(wish.device)
+    suites, seeds = wanted(layout, wish)
+    wish = replace(wish, seeds=seeds)
+    return [_step(suite, cells, wish, progress, executor) for suite, cells in suites.items()]
+
+
+def wanted(layout: Layout, wish: Wish) -> tuple[dict[str, list[Cell]], tuple[int, ...]]:
+    """The cells of a table by suite of the paper's protocol, and the training seeds that they are to have."""
     # The protocol's own suites, whatever records of others a table may show.
     only = layout.model_copy(update={"suites": {data: names[:1] for data, names in layout.suites.items()}})
     table = join(only, Store(wish.runs), wish.budget)
     suites: dict[str, list[Cell]] = {}
     for cell in table.cells.values():
         suites.setdefault(cell.suite, []).append(cell)
-    wish = replace(wish, seeds=wish.seeds or table.seeds)
-    return [_step(suite, cells, wish, progress, executor) for suite, cells in suites.items()]
+    return suites, wish.seeds or table.seeds
 
 
 def _step(suite: str, cells: list[Cell], wish: Wish, progress: Progress, executor: Executor | None) -> Step:
@@ -71,8 +77,8 @@ def _step(suite: str, cells: list[Cell], wish: Wish, progress: Progress, executo
         run = Run(request, progress, executor)
     except ValueError as error:
         return Step(suite, None, str(error))
-    wanted = {(cell.label, cell.answer.eval) for cell in cells}
-    run.jobs = [job for job in run.jobs if (job.variant.label, job.blank.eval["name"]) in wanted]
+    pairs = {(cell.label, cell.answer.eval) for cell in cells}
+    run.jobs = [job for job in run.jobs if (job.variant.label, job.blank.eval["name"]) in pairs]
     return Step(suite, run)
 
 

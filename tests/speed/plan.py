@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,8 @@ from bench.evals.api import Smoothing
 from bench.forecast import Forecast, forecast
 from bench.jobs import Job
 from bench.papers import layout
-from bench.papers.reproduce import Wish, prepare
+from bench.papers.reproduce import Wish, wanted
 from bench.plan import Item, duration, schedule
-from bench.progress import Progress
 from bench.runner import Request, Run
 from defenses.api import Part, Task
 from defenses.nets import network
@@ -51,9 +50,10 @@ def main() -> None:
     note: dict[str, Any] = {"tables": names, "speedup": options.speedup, "suites": [], "plans": []}
     with tempfile.TemporaryDirectory() as folder:
         wish = Wish(budget="paper", seeds=tuple(map(int, filter(None, options.seeds.split(",")))), runs=Path(folder))
-        for suite, (run, jobs) in wanted(names, wish).items():
-            plan = forecast(run, list(jobs.values()), lambda parts, run=run: scaled(run.task, parts, equivalents))
+        for run, jobs in together(names, wish):
+            plan = forecast(run, jobs, lambda parts, run=run: scaled(run.task, parts, equivalents))
             run.close()
+            suite = run.suite.name
             own = pieces(suite, plan)
             items += own
             facts = {
@@ -77,17 +77,23 @@ def main() -> None:
     keep(options.out, note)
 
 
-def wanted(names: Sequence[str], wish: Wish) -> dict[str, tuple[Run, dict[str, Job]]]:
-    """A run of each suite that the tables need, and its jobs by title."""
-    found: dict[str, tuple[Run, dict[str, Job]]] = {}
+def together(names: Sequence[str], wish: Wish) -> Iterator[tuple[Run, list[Job]]]:
+    """A run of each suite that the tables need, and those of its jobs that one of them asks for."""
+    asked: dict[str, dict[tuple[str, str, int], str]] = {}
     for name in names:
-        for step in prepare(layout.load(name), wish, Progress(None)):
-            if step.run is None:
-                print(f"left out: {step.suite} of {name}: {step.problem[:100]}")
-                continue
-            _, jobs = found.setdefault(step.suite, (step.run, {}))
-            jobs |= {job.title: job for job in step.run.jobs}
-    return found
+        suites, seeds = wanted(layout.load(name), wish)
+        for suite, cells in suites.items():
+            own = {(cell.label, cell.answer.eval, seed): cell.spec for cell in cells for seed in seeds}
+            asked.setdefault(suite, {}).update(own)
+    for suite, own in asked.items():
+        _, evals, seeds = (tuple(dict.fromkeys(each)) for each in zip(*own, strict=True))
+        specs = ",".join(dict.fromkeys(own.values()))
+        try:
+            run = Run(Request(specs, suite, budget=wish.budget, seeds=sorted(seeds), only=evals, runs=wish.runs))
+        except ValueError as error:
+            print(f"left out: {suite}: {str(error)[:100]}")
+            continue
+        yield run, [job for job in run.jobs if (job.variant.label, job.blank.eval["name"], job.blank.seed) in own]
 
 
 def scaled(task: Task, parts: list[Part], equivalents: dict[str, float]) -> Probe:
