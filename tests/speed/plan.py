@@ -89,7 +89,8 @@ def together(names: Sequence[str], wish: Wish) -> Iterator[tuple[Run, list[Job]]
         _, evals, seeds = (tuple(dict.fromkeys(each)) for each in zip(*own, strict=True))
         specs = ",".join(dict.fromkeys(own.values()))
         try:
-            run = Run(Request(specs, suite, budget=wish.budget, seeds=sorted(seeds), only=evals, runs=wish.runs))
+            given = {"budget": wish.budget, "seeds": tuple(sorted(seeds)), "only": evals, "runs": wish.runs}
+            run = Run(Request(defense=specs, suite=suite, **given))
         except ValueError as error:
             print(f"left out: {suite}: {str(error)[:100]}")
             continue
