@@ -41,7 +41,8 @@ def run(  # noqa: PLR0913, PLR0917 (every option of the contract)
     from bench import environment, show
     from bench.forecast import forecast
     from bench.progress import Progress
-    from bench.runner import Request, Run
+    from bench.request import Request
+    from bench.runner import Run
 
     environment.one_thread()
     request = Request(
@@ -94,8 +95,8 @@ def reproduce(  # noqa: PLR0913, PLR0917 (every option of the contract)
     """Run whatever is missing for a table of a paper, and print it; the plan comes first."""
     from bench import environment, show
     from bench.papers.layout import load
-    from bench.papers.reproduce import Wish
     from bench.progress import Progress
+    from bench.request import Wish
 
     environment.one_thread()
     chosen = options.seeds(seeds) if seeds else ()

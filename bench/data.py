@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from difflib import get_close_matches
-from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,8 @@ from torch import Tensor
 
 from attacks.streams import generator
 from bench.arrays import published
-from bench.datasets import ARCHIVES, DATASETS, IDX_MD5, DataError, Dataset
+from bench.datasets import DATASETS, IDX_MD5, DataError, Dataset
+from bench.downloads import fetch
 from defenses.api import Images
 
 Row = tuple[str, bytes | None, int | None]
@@ -134,7 +133,7 @@ def _cached(dataset: Dataset, split: str, root: str | Path | None, download: boo
     elif not download:
         reason = "downloading is switched off"
     else:
-        reason = _download(dataset, cache)
+        reason = fetch(dataset, cache)
         if not reason:
             return _torchvision(dataset, split, cache / dataset.layout)
     looked = [str(Path(root) / dataset.name)] if root else ["no folder, since neither --data nor BENCH_DATA is given"]
@@ -145,26 +144,6 @@ def _cached(dataset: Dataset, split: str, root: str | Path | None, download: boo
         f"no {split} split of {dataset.name}: looked in {', '.join(looked)}; {reason}. Three ways: (1) give --data DIR, "
         f"(2) set BENCH_DATA=DIR, where DIR/{dataset.name} holds {LAYOUTS}, (3) {third}."
     )
-
-
-def _download(dataset: Dataset, cache: Path) -> str:
-    """Let torchvision fill the cache; returns why it failed, empty if it did not. What is not the original is removed."""
-    import torchvision
-
-    try:  # torchvision raises whatever its sockets, archives and mirrors raise, and prints failures in between
-        with redirect_stdout(StringIO()):
-            getattr(torchvision.datasets, dataset.torchvision)(cache, download=True)
-    except Exception as error:
-        return f"the download failed ({type(error).__name__}: {error})"
-    archives = ARCHIVES[dataset.name]
-    for name, known in archives.items():
-        given = hashlib.sha256((cache / name).read_bytes()).hexdigest()
-        if given != known:
-            shutil.rmtree(cache / dataset.layout)
-            for other in archives:
-                (cache / other).unlink(missing_ok=True)
-            return f"what was downloaded is not the original and was removed ({name} has sha256 {given}, allowed is {known})"
-    return ""
 
 
 def _torchvision(dataset: Dataset, split: str, folder: Path) -> Images:

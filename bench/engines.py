@@ -16,7 +16,8 @@ from attacks.reference import COUNTERPARTS, EngineError, check, installed
 from bench.evals import Subject
 from bench.jobs import Fitted
 from bench.progress import Progress
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 from defenses.api import Classifier, Images
 
 IMAGES, LINF, L2 = 40, 0.08, 1.2

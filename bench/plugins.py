@@ -243,24 +243,25 @@ def executed(path: Path) -> ModuleType:
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
+    digest = _hash(path)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         raise ValueError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     for own in vars(module).values():
         if isinstance(own, type) and own.__module__ == name:
-            setattr(own, "__file_hash__", file_hash(path))  # noqa: B010 (not declared) -- it travels to workers without the file
+            setattr(own, "__file_hash__", digest)  # noqa: B010 (not declared) -- it travels to workers without the file
     return module
 
 
-def content(origin: str) -> dict[str, str]:
+def fingerprint(origin: str) -> dict[str, str]:
     """The ``file_hash`` of what comes from a user's file; nothing for what has a version.
 
     Whoever edits the file asks another question, which no older record answers.
     """
-    return {"file_hash": file_hash(Path(origin))} if origin.endswith(".py") else {}
+    return {"file_hash": _hash(Path(origin))} if origin.endswith(".py") else {}
 
 
-def file_hash(path: Path) -> str:
+def _hash(path: Path) -> str:
     """Of a file's bytes, 16 hexadecimal digits."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -7,8 +7,6 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -19,49 +17,18 @@ from bench.evals import Evaluation, Skipped, Subject
 from bench.executors import Executor, opened
 from bench.forecast import Forecast
 from bench.jobs import ITSELF, Fitted, Job, Ready, numerics, price, together, weights_hash
+from bench.locks import locked
 from bench.partial import StoreError, differences
 from bench.pieces import Pieces
 from bench.progress import Progress
 from bench.registry import Variant, resolve
+from bench.request import Request
 from bench.spread import Spread
 from bench.store import Finding, Record, Store, as_json
 from bench.suites import SuiteError, load_suite, unknown
 from bench.tasks import prepare
 from defenses.api import Classifier
 from defenses.recipe import settings
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What a user asks for; the same words as on the command line.
-
-    Attributes:
-        defense: "a,b", "all", "name@field=value", "./mine.py" or "./mine.py:name".
-        suite: name of a suite, or the path of a TOML file.
-        budget: smoke, quick or paper.
-        seeds: training seeds; every one trains its own networks.
-        only: evaluations to run; all by default.
-        device: auto, cpu, cuda, cuda:1.
-        data: folder of data sets; the environment variable BENCH_DATA by default.
-        runs: folder of results.
-        fresh: move finished results aside and compute them again.
-        executor: local (this process, or one process a GPU where there are several) or ray.
-        address: of a Ray cluster; of $RAY_ADDRESS by default, and else Ray is started on this machine.
-        shard: (i, k), do every k-th piece of work, from the i-th of 1 to k; :mod:`bench.merge` brings shards together.
-    """
-
-    defense: str
-    suite: str
-    budget: str = "quick"
-    seeds: tuple[int, ...] = (0,)
-    only: tuple[str, ...] = ()
-    device: str = "auto"
-    data: Path | None = None
-    runs: Path = Path("runs")
-    fresh: bool = False
-    executor: str = "local"
-    address: str | None = None
-    shard: tuple[int, int] = (1, 1)
 
 
 class Run:
@@ -131,9 +98,9 @@ class Run:
                 "name": variant.name,
                 "variant": variant.label,
                 "fields": as_json(settings(variant.defense)),
-                **plugins.content(variant.module),
+                **plugins.fingerprint(variant.module),
             },
-            eval={"name": name, "fields": asked, **(plugins.content(plugins.attack_origin(attack)) if attack else {})},
+            eval={"name": name, "fields": asked, **(plugins.fingerprint(plugins.attack_origin(attack)) if attack else {})},
             seed=seed,
             task={
                 "dataset": self.suite.dataset,
@@ -179,7 +146,7 @@ class Run:
         Raises:
             StoreError: if the folder is in use, cannot be written, or holds results of another request.
         """
-        with closing(self), self.store.locked(self.suite.name), environment.measuring():
+        with closing(self), locked(self.store.root / self.suite.name), environment.measuring():
             missing = self.missing()
             if self.request.fresh:
                 for job in missing:

@@ -13,8 +13,8 @@ from bench.store import Record, Store
 
 if TYPE_CHECKING:
     from bench.papers.layout import Layout
-    from bench.papers.reproduce import Wish
     from bench.progress import Progress
+    from bench.request import Wish
     from bench.runner import Run
 
 

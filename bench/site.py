@@ -93,7 +93,7 @@ def _board(board: Board, stores: list[Store], answers: list[Answers], details: l
                 "store": number,
                 "submitted": submitted and {"date": str(submitted.date), **submitted.answers.model_dump()},
                 "cells": [entry.numbers.get(column) for column in columns],
-                "claims": [[keys.index(one["column"]), _claim(one)] for one in printed if one["column"] in keys],
+                "claims": _beside(printed, keys),
                 "unfinished": [brief(text, 120) for text in entry.unfinished()],
                 "details": len(details),
             }
@@ -104,9 +104,15 @@ def _board(board: Board, stores: list[Store], answers: list[Answers], details: l
     return {**facts, "columns": [column.heading() for column in columns], "rows": rows, "tables": tables}
 
 
-def _claim(printed: dict[str, Any]) -> list[Any]:
-    """What stands of a published number in a cell: value, where it is from, and what is wrong with it."""
-    return [printed["value"], f"{printed['where']}: {printed['title']}", printed["flag"]]
+def _beside(printed: list[dict[str, Any]], keys: list[str]) -> list[list[Any]]:
+    """What stands of published numbers in cells, by column: value, where it is from, and what is wrong with it. What several
+    tables of a paper print alike stands once."""
+    found: dict[tuple[int, float, str], list[str]] = {}
+    for one in printed:
+        if one["column"] in keys:
+            place = (keys.index(one["column"]), one["value"], one["flag"])
+            found.setdefault(place, []).append(f"{one['where']}: {one['title']}")
+    return [[at, [value, "; ".join(sources), flag]] for (at, value, flag), sources in found.items()]
 
 
 def _table(board: Board, table: Table) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from test_plugins import SAMPLE
 
 import bench.runner
 from bench.executors import Answer, Desk, Setting, Token, Told, attempt
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 from bench.store import Record
 
 Fault = Callable[[int, Any, tuple[Any, ...]], Exception | None]

@@ -23,7 +23,8 @@ from bench.arrays import packed, unpacked
 from bench.evals import Activations, Skipped, Subject
 from bench.evals.activations import BATCH, jittered, layers, middle, reach
 from bench.plots.activations import round_numbers
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 from bench.store import Metric, Record, Store
 from defenses.combine import Mean
 from defenses.ensemble import Ensemble

@@ -18,7 +18,8 @@ from attacks.guided import ApgdAfter, Guided, View
 from attacks.losses import half_margin
 from attacks.streams import generator
 from bench.evals import Adaptive, Subject
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 from bench.store import Record
 from defenses.api import Classifier, Images, Wrapped
 from defenses.combine import Mean

@@ -28,7 +28,8 @@ from bench import plots
 from bench.parts import PartStore
 from bench.progress import Progress
 from bench.registry import resolve
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 from bench.suites import ROLES
 from defenses import adversarial_training
 from defenses.adversarial_training import (

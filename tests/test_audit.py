@@ -20,7 +20,8 @@ from test_store import record
 from bench.audit import FORMATS, PROBLEMS, Report, audit, render
 from bench.logs import export
 from bench.partial import StoreError
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 from bench.store import Finding, Record, Store
 from defenses.bounds import ceiling
 from defenses.estimators import ESTIMATORS

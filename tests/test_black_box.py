@@ -23,7 +23,8 @@ from attacks.input_diversity import diverse
 from attacks.streams import generator
 from bench.evals import BlackBox, Subject
 from bench.jobs import APART
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 from bench.suites import SuiteError
 from defenses.api import Classifier, Images
 from defenses.combine import Mean

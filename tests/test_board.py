@@ -131,6 +131,16 @@ def test_the_page_holds_what_it_needs_and_no_rows_per_image(store: Store, tmp_pa
     assert "There are no records yet" in site.write([Store(tmp_path / "nowhere")], tmp_path / "empty").read_text()
 
 
+def test_what_several_tables_print_alike_stands_once_in_a_cell() -> None:
+    one = {"column": "clean", "value": 0.911, "flag": "", "where": "SMD, table 1", "title": "SMD"}
+    others = [{**one, "where": "SMD, table 2"}, {**one, "value": 0.9}, {**one, "flag": "suspicious"}, {**one, "column": "tsr"}]
+    assert site._beside([one, *others], ["worst", "clean"]) == [
+        [1, [0.911, "SMD, table 1: SMD; SMD, table 2: SMD", ""]],
+        [1, [0.9, "SMD, table 1: SMD", ""]],
+        [1, [0.911, "SMD, table 1: SMD", "suspicious"]],
+    ]
+
+
 def test_published_numbers_stand_beside_measured_ones_of_the_same_thing(store: Store) -> None:
     asked = {"kind": "robust", "attack": "pgd", "norm": "linf", "eps": [0.02, 0.01], "noise": 0.0, "nearest": False}
     own = record(eval={"name": "pgd20", "fields": asked}, task={"dataset": "cifar10"})

@@ -17,7 +17,8 @@ from bench.evals.challenge import beats
 from bench.evals.votes import RULES
 from bench.merge import merge
 from bench.partial import StoreError
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 from bench.store import Record, Store
 from bench.suites import SuiteError, load_suite
 from defenses.estimators import ESTIMATORS, WHOLE

@@ -18,7 +18,8 @@ from elsewhere import contents, with_own_files
 from test_runner import TWO
 
 from bench.executors import ExecutorError, opened
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'cear-bench[ray]'")
 

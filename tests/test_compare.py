@@ -17,7 +17,8 @@ from scipy import stats
 from bench import cli
 from bench.compare import Difference, compare, summary, table
 from bench.metrics import holm, mcnemar, sign_flip
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 from bench.store import Store
 
 

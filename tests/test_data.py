@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from bench.data import DATASETS, DataError, hold_out, load
-from bench.datasets import ARCHIVES, IDX_MD5
+from bench.datasets import IDX_MD5
+from bench.downloads import ARCHIVES
 from bench.suites import load_suite
 from defenses.api import Images
 

@@ -21,7 +21,8 @@ from bench.evals.api import Piece
 from bench.evals.diversity import BATCH, PIECE, UNITS, error_correlation, error_interval, look
 from bench.evals.saliency import saliency
 from bench.evals.vulnerability import BLOCK, VULNERABILITY, shown, vulnerability
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 from bench.store import Store
 from defenses.adp import log_diversity
 from defenses.api import Classifier, Images, Wrapped

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from attacks.streams import generator
 from bench.registry import resolve
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 from defenses.api import Images, Recipe, Task
 from defenses.combine import Mean
 from defenses.dverge import (

@@ -14,7 +14,8 @@ from test_training import Bench, resumed, task
 from torch import Tensor, nn
 
 from attacks.streams import generator
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 from defenses import edlcm as module
 from defenses.api import Classifier, Recipe, Wrapped
 from defenses.combine import Mean

@@ -17,7 +17,8 @@ from bench import work
 from bench.executors import Answer, ExecutorError, Lost, Setting, Told, opened
 from bench.partial import StoreError
 from bench.processes import Processes
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 from bench.store import Record
 from bench.suites import load_suite
 

@@ -21,7 +21,8 @@ from bench.arrays import packed, unpacked
 from bench.evals import FirstKernels, Skipped, Subject
 from bench.evals.first_kernels import kernels, pairs
 from bench.plots.kernels import PAGE, mosaic
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 from bench.store import Record, Store
 from defenses.api import Wrapped
 from defenses.combine import Mean

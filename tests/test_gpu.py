@@ -9,7 +9,8 @@ import torch
 
 from attacks import Bim, Fgsm, Mim
 from attacks.streams import generator
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 from defenses.api import Images, Recipe, Task
 from defenses.nets import Network, network
 

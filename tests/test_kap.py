@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from attacks.oracle import Oracle, decide
 from attacks.streams import Shared, Streams, drawing, generator
 from bench.registry import resolve
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 from defenses.kap import Kap, kap, kmp, nt, nt_sigma
 from defenses.kernels import (
     KernelConv2d,

@@ -8,7 +8,8 @@ import pytest
 
 from bench.evals import Certified, Robust, UnderNoise
 from bench.registry import resolve
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 from bench.suites import BUDGETS, load_suite
 from bench.tasks import prepare
 

@@ -22,7 +22,8 @@ from bench.columns import key
 from bench.compare import compare
 from bench.evals import Robust, Skipped, Subject, UnderNoise
 from bench.evals.noise import FEWEST
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 from bench.store import Metric, Record, Store
 from bench.suites import SuiteError, load_suite
 from defenses.api import Classifier, Images, Wrapped

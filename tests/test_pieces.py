@@ -11,7 +11,8 @@ import torch
 
 from bench.evals import Evaluation, Piece, Robust, Skipped, Subject
 from bench.pieces import measured
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 from bench.store import Store
 from bench.suites import load_suite
 from bench.tasks import prepare

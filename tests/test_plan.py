@@ -14,7 +14,8 @@ from attacks import Streams
 from bench.costs import counted
 from bench.forecast import forecast
 from bench.plan import Item, duration, schedule, tails
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 from bench.work import probed
 
 

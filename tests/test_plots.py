@@ -293,9 +293,10 @@ def test_an_only_epoch_is_a_dot(tmp_path: Path) -> None:
     assert figure.axes[0].get_lines()[0].get_marker() == "."
 
 
-def test_intervals_of_a_single_budget_stand_beside_their_points() -> None:
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_intervals_of_a_single_budget_stand_beside_their_points(count: int) -> None:
     axes = Figure().add_subplot()
-    for index in range(6):
-        line(axes, [(0.1, 50.0, 40.0, 60.0)], str(index), {"color": "black"}, (index, 6))
+    for index in range(count):
+        line(axes, [(0.1, 50.0, 40.0, 60.0)], str(index), {"color": "black"}, (index, count))
     beside = [float(bar.get_segments()[0][0, 0]) for bar in axes.collections]
-    assert len(set(beside)) == 6 and all(abs(x - 0.1) < 0.01 for x in beside)
+    assert len(set(beside)) == count and all(abs(x - 0.1) < 0.01 for x in beside)

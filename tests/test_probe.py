@@ -19,7 +19,8 @@ from bench.diagnose import SIGNS, diagnose
 from bench.evals import Probe, Subject
 from bench.evals.api import Outcome
 from bench.evals.signs import column, findings
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 from bench.store import Finding, Record, Store
 from bench.tables import body, summaries
 from defenses.api import Classifier, Images

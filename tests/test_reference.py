@@ -16,7 +16,8 @@ from torch import nn
 
 from attacks import Apgd, ApgdT, AutoAttack, Bim, Ddn, Fab, FabT, Fgsm, Mim, Pgd, RFgsm, Square, Streams
 from attacks.reference import COUNTERPARTS, EngineError, check, installed
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 
 CLASSES, SIDE, IMAGES = 5, 20, 60
 

@@ -13,9 +13,10 @@ from elsewhere import Scripted
 from bench import cli, published, suites
 from bench.papers import layout as layouts
 from bench.papers.layout import load
-from bench.papers.reproduce import Wish, plan, prepare
+from bench.papers.reproduce import plan, prepare
 from bench.pieces import Pieces
 from bench.progress import Progress
+from bench.request import Wish
 from bench.runner import Run
 from bench.store import Store
 

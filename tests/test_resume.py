@@ -18,7 +18,8 @@ import bench.evals.certified
 import bench.store
 import defenses.cear
 import defenses.training
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 
 
 def execute(suite: Path, runs: Path) -> None:

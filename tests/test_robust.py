@@ -15,7 +15,8 @@ from bench import tables
 from bench.evals import Robust, Subject
 from bench.jobs import Fitted
 from bench.progress import Progress
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 from bench.store import EXAMPLES, Record, Store
 from bench.suites import SuiteError, load_suite
 from defenses.api import Images, Wrapped

@@ -14,8 +14,10 @@ import torch
 
 import bench.store
 from bench.evals import Robust
+from bench.locks import locked
 from bench.partial import StoreError
-from bench.runner import Request, Run, run
+from bench.request import Request
+from bench.runner import Run, run
 from bench.store import Store
 from bench.suites import SuiteError
 from defenses.nets import network
@@ -137,7 +139,7 @@ def test_an_evaluation_that_makes_no_sense_is_skipped_with_the_reason(tiny: Path
 
 
 def _hold(folder: str, ready: Any, done: Any) -> None:
-    with Store(folder).locked("tiny"):
+    with locked(folder / "tiny"):
         ready.set()
         done.wait(30)
 

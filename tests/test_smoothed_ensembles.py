@@ -21,7 +21,8 @@ from bench import metrics
 from bench.parts import PartStore
 from bench.progress import Progress
 from bench.registry import resolve
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 from bench.store import Store
 from bench.suites import load_suite
 from bench.tasks import prepare

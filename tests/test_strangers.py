@@ -15,7 +15,8 @@ from test_store import record
 
 from bench import audit, diagnose, site, tables, verify
 from bench.arrays import published
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 from bench.store import Store
 
 ROOT = Path(__file__).parent.parent

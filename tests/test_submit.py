@@ -19,7 +19,8 @@ from test_verify import edit, edit_rows, hashes
 
 from bench import submit
 from bench.data import load
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 from bench.store import Store
 from bench.submissions import checked, submissions
 from bench.verify import verify

@@ -179,7 +179,8 @@ def test_a_role_overrides_the_recipe_key_by_key(tiny: Path) -> None:
 
 
 def test_a_task_trains_each_role_by_its_recipe_and_the_record_shows_it(tiny: Path, tmp_path: Path) -> None:
-    from bench.runner import Request, Run
+    from bench.request import Request
+    from bench.runner import Run
 
     kid = child_of(tiny, "[roles.gaussian]\nlr = 0.2\n")
     for path, roles in ((tiny, set()), (kid, {"gaussian"})):

@@ -24,7 +24,8 @@ from attacks.streams import generator
 from bench import plots, tables
 from bench.evals import Robust, Skipped, Subject, Transfer
 from bench.evals.transfer import ENSEMBLE, SUMMED
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 from bench.store import Metric, Record, Store
 from bench.suites import SuiteError, load_suite
 from defenses.api import Classifier, Images

@@ -26,7 +26,8 @@ from attacks.streams import Draws
 from bench import cli
 from bench.data import load
 from bench.evals import Adaptive, Piece, Subject
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 from bench.verify import Report, render, verify
 from defenses.api import Classifier, Images, Task
 from defenses.naive import Naive

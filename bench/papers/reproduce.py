@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
 from bench import environment
 from bench.executors import Executor
@@ -13,21 +12,9 @@ from bench.papers.cells import Cell
 from bench.papers.join import join
 from bench.papers.layout import Layout
 from bench.progress import Progress
-from bench.runner import Request, Run
+from bench.request import Request, Wish
+from bench.runner import Run
 from bench.store import Record, Store
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wish:
-    """What a user asks for beside the table; as in :class:`bench.runner.Request`. ``seeds`` are the table's unless given."""
-
-    budget: str = "quick"
-    seeds: tuple[int, ...] = ()
-    device: str = "auto"
-    data: Path | None = None
-    runs: Path = Path("runs")
-    executor: str = "local"
-    address: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,12 +37,12 @@ def prepare(layout: Layout, wish: Wish, progress: Progress, executor: Executor |
     """
     if executor is None:
         environment.device(wish.device)
-    suites, seeds = wanted(layout, wish)
+    suites, seeds = by_suite(layout, wish)
     wish = replace(wish, seeds=seeds)
-    return [_step(suite, cells, wish, progress, executor) for suite, cells in suites.items()]
+    return [step(suite, cells, wish, progress, executor) for suite, cells in suites.items()]
 
 
-def wanted(layout: Layout, wish: Wish) -> tuple[dict[str, list[Cell]], tuple[int, ...]]:
+def by_suite(layout: Layout, wish: Wish) -> tuple[dict[str, list[Cell]], tuple[int, ...]]:
     """The cells of a table by suite of the paper's protocol, and the training seeds that they are to have."""
     # The protocol's own suites, whatever records of others a table may show.
     only = layout.model_copy(update={"suites": {data: names[:1] for data, names in layout.suites.items()}})
@@ -66,7 +53,8 @@ def wanted(layout: Layout, wish: Wish) -> tuple[dict[str, list[Cell]], tuple[int
     return suites, wish.seeds or table.seeds
 
 
-def _step(suite: str, cells: list[Cell], wish: Wish, progress: Progress, executor: Executor | None) -> Step:
+def step(suite: str, cells: Sequence[Cell], wish: Wish, progress: Progress, executor: Executor | None = None) -> Step:
+    """A run of the evaluations that cells of a suite need, and of no others."""
     request = Request(
         defense=",".join(dict.fromkeys(cell.spec for cell in cells)),
         suite=suite,

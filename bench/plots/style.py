@@ -51,7 +51,7 @@ def points_of(metrics: list[Metric], place: str | Callable[[Metric], float]) -> 
 
 
 def line(axes: Axes, points: Points, label: str, style: dict[str, Any], place: tuple[int, int] = (0, 1)) -> None:
-    """A line with its intervals: a band, or bars beside the points where it is number ``place[0]`` of many (``place[1]``)."""
+    """A line with its intervals: a band, or bars for a single point and for line number ``place[0]`` of many (``place[1]``)."""
     if not points:
         return
     xs = [point[0] for point in points]
@@ -61,7 +61,7 @@ def line(axes: Axes, points: Points, label: str, style: dict[str, Any], place: t
         return
     x, low, high = zip(*ends, strict=True)
     index, count = place
-    if count > BANDS:
+    if count > BANDS or len(x) == 1:  # of a single point a band has no width
         step = xs[1] - xs[0] if len(xs) > 1 else xs[0] / 2 or 1.0
         beside = [value + 0.04 * step * (index - (count - 1) / 2) for value in x]
         axes.vlines(beside, low, high, color=style["color"], alpha=0.4, lw=0.8)

@@ -40,7 +40,8 @@ from bench import environment
 from bench.evals import Subject
 from bench.jobs import Fitted
 from bench.progress import Progress
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 from defenses.api import Classifier, Images
 from defenses.nets import network
 

@@ -38,7 +38,8 @@ from attacks.streams import Streams
 from bench import environment
 from bench.jobs import Fitted
 from bench.progress import Progress
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 from defenses.api import Classifier, Images
 from defenses.estimators import ESTIMATORS, Question, grid_up_to
 from defenses.numerics import NUMERICS, under

@@ -26,7 +26,8 @@ from bench.executors import Answer, Executor
 from bench.parts import PartStore
 from bench.processes import Processes
 from bench.progress import Progress
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 from defenses.naive import naive
 from tests.speed.timing import keep
 

@@ -26,9 +26,12 @@ from bench.evals.api import Smoothing
 from bench.forecast import Forecast, forecast
 from bench.jobs import Job
 from bench.papers import layout
-from bench.papers.reproduce import Wish, wanted
+from bench.papers.cells import Cell
+from bench.papers.reproduce import by_suite, step
 from bench.plan import Item, duration, schedule
-from bench.runner import Request, Run
+from bench.progress import Progress
+from bench.request import Request, Wish
+from bench.runner import Run
 from defenses.api import Part, Task
 from defenses.nets import network
 from defenses.training import Trained
@@ -79,22 +82,19 @@ def main() -> None:
 
 def together(names: Sequence[str], wish: Wish) -> Iterator[tuple[Run, list[Job]]]:
     """A run of each suite that the tables need, and those of its jobs that one of them asks for."""
-    asked: dict[str, dict[tuple[str, str, int], str]] = {}
+    asked: dict[str, list[tuple[Cell, int]]] = {}
     for name in names:
-        suites, seeds = wanted(layout.load(name), wish)
+        suites, seeds = by_suite(layout.load(name), wish)
         for suite, cells in suites.items():
-            own = {(cell.label, cell.answer.eval, seed): cell.spec for cell in cells for seed in seeds}
-            asked.setdefault(suite, {}).update(own)
+            asked.setdefault(suite, []).extend((cell, seed) for cell in cells for seed in seeds)
     for suite, own in asked.items():
-        _, evals, seeds = (tuple(dict.fromkeys(each)) for each in zip(*own, strict=True))
-        specs = ",".join(dict.fromkeys(own.values()))
-        try:
-            given = {"budget": wish.budget, "seeds": tuple(sorted(seeds)), "only": evals, "runs": wish.runs}
-            run = Run(Request(defense=specs, suite=suite, **given))
-        except ValueError as error:
-            print(f"left out: {suite}: {str(error)[:100]}")
+        cells, seeds = [cell for cell, _ in own], tuple(sorted({seed for _, seed in own}))
+        found = step(suite, cells, replace(wish, seeds=seeds), Progress(None))
+        if found.run is None:
+            print(f"left out: {suite}: {found.problem[:100]}")
             continue
-        yield run, [job for job in run.jobs if (job.variant.label, job.blank.eval["name"], job.blank.seed) in own]
+        known = {(cell.label, cell.answer.eval, seed) for cell, seed in own}
+        yield found.run, [job for job in found.run.jobs if (job.variant.label, job.blank.eval["name"], job.blank.seed) in known]
 
 
 def scaled(task: Task, parts: list[Part], equivalents: dict[str, float]) -> Probe:

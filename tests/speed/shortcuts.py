@@ -26,7 +26,8 @@ from bench import environment
 from bench.evals import Certified, Subject
 from bench.jobs import Fitted, together
 from bench.progress import Progress
-from bench.runner import Request, Run
+from bench.request import Request
+from bench.runner import Run
 from defenses.api import Classifier
 from defenses.bounds import Question
 from defenses.combine import GeometricMedian, Rule

@@ -1,0 +1,49 @@
+"""What a user asks for, in the words of the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """How something is to be run, whatever it is.
+
+    Attributes:
+        budget: smoke, quick or paper.
+        seeds: training seeds; every one trains its own networks. Empty: those of a table.
+        device: auto, cpu, cuda, cuda:1.
+        data: folder of data sets; the environment variable BENCH_DATA by default.
+        runs: folder of results.
+        executor: local (this process, or one process a GPU where there are several) or ray.
+        address: of a Ray cluster; of $RAY_ADDRESS by default, and else Ray is started on this machine.
+    """
+
+    budget: str = "quick"
+    seeds: tuple[int, ...] = ()
+    device: str = "auto"
+    data: Path | None = None
+    runs: Path = Path("runs")
+    executor: str = "local"
+    address: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(Wish):
+    """Defenses, a suite, and how to run them.
+
+    Attributes:
+        defense: "a,b", "all", "name@field=value", "./mine.py" or "./mine.py:name".
+        suite: name of a suite, or the path of a TOML file.
+        only: evaluations to run; all by default.
+        fresh: move finished results aside and compute them again.
+        shard: (i, k), do every k-th piece of work, from the i-th of 1 to k; :mod:`bench.merge` brings shards together.
+    """
+
+    defense: str
+    suite: str
+    seeds: tuple[int, ...] = (0,)
+    only: tuple[str, ...] = ()
+    fresh: bool = False
+    shard: tuple[int, int] = (1, 1)
