@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import Any
 
+# MKL rounds a row of a matrix product by how many rows there are, unless asked not to before its first product. Measured on
+# AVX-512: without this, logits of up to 15 images differ from those of the same images in a larger batch.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
 _HOMES = {
-    "Request": "bench.runner",
+    "Request": "bench.request",
     "Run": "bench.runner",
     "run": "bench.runner",
     "Store": "bench.store",

@@ -43,6 +43,10 @@ class DispersedGradients(EnsembleLoss):
     beta: float
     bins: int = 0
 
+    @property
+    def second_order(self) -> bool:
+        return self.beta != 0
+
     def __call__(self, net: Ensemble, batch: Batch, needs: Sequence[Classifier]) -> dict[str, Tensor]:
         # Not `joint.input_gradients`, where members are asked one by one: here a mask depends on the features of all.
         leaves = [batch.x.clone().requires_grad_(self.beta != 0) for _ in net.members]
@@ -110,7 +114,7 @@ def penultimate(net: Classifier, x: Tensor) -> Tensor:
     head(net)
     assert isinstance(net, Network) and isinstance(net.body, nn.Sequential)
     # As `Network.forward` goes, so that features and head together give its logits to the bit.
-    return net.body[:-1](net.normalise(x).contiguous(memory_format=torch.channels_last))
+    return net.body[:-1](net.entering(x))
 
 
 def masks(features: Tensor, bins: int, gen: torch.Generator) -> Tensor:

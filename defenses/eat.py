@@ -39,6 +39,11 @@ class EnsembleAdversarial:
     eps: float
     steps: int
 
+    @property
+    def second_order(self) -> bool:
+        """Whether the defense's own loss is."""
+        return bool(self.loss.second_order)
+
     def __call__(self, net: Classifier, batch: Batch, needs: Sequence[Classifier]) -> dict[str, Tensor]:
         source = [*needs, net][int(torch.randint(len(needs) + 1, (), generator=batch.gen, device=batch.gen.device))]
         x = crafted(source, batch.x, self.eps, self.steps, batch.gen)

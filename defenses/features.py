@@ -7,7 +7,6 @@ then the logits. LeNet-5 has 5: what its convolutions and linear layers give.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from defenses.nets import ARCHITECTURES, BasicBlock, DenseLayer, Network, PreActBlock
@@ -40,7 +39,7 @@ def features(network: Network, x: Tensor, layer: int) -> Tensor:
     """
     if not 1 <= layer <= layers(network):
         raise ValueError(f"layer: {network.architecture} has 1 to {layers(network)}, got {layer}")
-    here = network.normalise(x).contiguous(memory_format=torch.channels_last)  # as Network.forward
+    here = network.entering(x)
     for module in _modules(network):
         own = _activations(module)
         if layer <= own:

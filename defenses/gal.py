@@ -30,6 +30,7 @@ class GradientAlignment(EnsembleLoss):
 
     weight: float
     noise: float
+    second_order = True
 
     def __call__(self, net: Ensemble, batch: Batch, needs: Sequence[Classifier]) -> dict[str, Tensor]:
         x = batch.x

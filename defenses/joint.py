@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from attacks import Pgd, Streams
 from attacks.guided import View
@@ -23,7 +23,7 @@ from defenses.api import Classifier, Defense, Parts, Task, Weights, Workshop
 from defenses.combine import Mean
 from defenses.eat import EPS, EnsembleAdversarial
 from defenses.ensemble import Ensemble
-from defenses.nets import leaky, network
+from defenses.nets import lay_out, leaky, network
 from defenses.recipe import LATER, MODIFIER
 from defenses.training import Batch, Trained, robust_accuracy, train
 from defenses.views import views
@@ -52,6 +52,11 @@ class EnsembleLoss(ABC):
 
     The part of it that is the members' cross-entropy is called "ce".
     """
+
+    @property
+    def second_order(self) -> bool:
+        """Whether most of the work is gradients of gradients, taken by autograd."""
+        return False
 
     @abstractmethod
     def __call__(self, net: Any, batch: Batch, needs: Sequence[Classifier]) -> dict[str, Tensor]:
@@ -114,8 +119,20 @@ class Together(Trained):
     def outline(self, task: Task) -> Weights:
         return assembled(task, self.members, self.slope, self.seed, self.architecture).state_dict()
 
-    def make(self, task: Task, needs: Sequence[Weights], workshop: Workshop) -> Weights:
+    def begun(self, task: Task) -> Ensemble:
+        """The ensemble as training begins, but for what it needs.
+
+        On CPU the double backward pass of BatchNorm is slow with channels last: with channels first a step of GAL, SMD or DEG
+        takes ResNet-20 and ResNet-18 1.2 to 1.35 times less (measured; LeNet-5, without BatchNorm, would take 1.2 times more).
+        """
         ensemble = assembled(task, self.members, self.slope, self.seed, self.architecture)
+        normalised = any(isinstance(module, nn.BatchNorm2d) for module in ensemble.modules())
+        if self.loss.second_order and normalised and task.device.type == "cpu":
+            lay_out(ensemble, torch.contiguous_format)
+        return ensemble
+
+    def make(self, task: Task, needs: Sequence[Weights], workshop: Workshop) -> Weights:
+        ensemble = self.begun(task)
         begin, held_out = needs[: len(needs) - self.sources * self.members], needs[len(needs) - self.sources * self.members :]
         for net, weights in zip(ensemble.members, begin, strict=bool(begin)):
             net.load_state_dict(weights)

@@ -44,9 +44,22 @@ class Network(Classifier):
         self.normalise = normalise
         self.body = body
         self.architecture = architecture
+        self.layout = torch.channels_last
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.body(self.normalise(x).contiguous(memory_format=torch.channels_last))
+        return self.body(self.entering(x))
+
+    def entering(self, x: Tensor) -> Tensor:
+        """Images (n c h w) as the body takes them."""
+        return self.normalise(x).contiguous(memory_format=self.layout)
+
+
+def lay_out(model: nn.Module, layout: torch.memory_format) -> None:
+    """Put the weights of a model, and what its networks compute, into a memory layout; results change by rounding only."""
+    model.to(memory_format=layout)
+    for module in model.modules():
+        if isinstance(module, Network):
+            module.layout = layout
 
 
 class BasicBlock(nn.Module):

@@ -42,6 +42,7 @@ class SaliencyDiversity(EnsembleLoss):
 
     weight: float
     saliency: str
+    second_order = True
 
     def __call__(self, net: Ensemble, batch: Batch, needs: Sequence[Classifier]) -> dict[str, Tensor]:
         score = SALIENCIES[self.saliency]

@@ -11,6 +11,7 @@ import torch
 
 # Small networks gain nothing from threads, and a child forked after OpenMP has started some would wait for them for ever.
 torch.set_num_threads(1)
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # as `bench` does, which some tests never import
 
 HEAD = """\
 version = 1

@@ -20,11 +20,14 @@ from attacks.streams import generator
 from defenses.adp import AdaptiveDiversity, Adp, adp, entropy, log_diversity
 from defenses.api import Classifier, Part, Task, Weights
 from defenses.combine import Mean
+from defenses.dispersed import deg
+from defenses.edlcm import edlcm
 from defenses.ensemble import Ensemble
 from defenses.gal import Gal, GradientAlignment, alignment, gal
 from defenses.joint import TrainedTogether, cross_entropies, input_gradients, pair_cosines
 from defenses.naive import Naive, naive, plain
 from defenses.nets import ARCHITECTURES, Network, Normalise, leaky, network
+from defenses.smd import smd
 from defenses.training import Batch, TrainingDiverged
 
 
@@ -463,3 +466,30 @@ def test_impossible_numbers_of_members_are_refused() -> None:
         Adp(members=0)
     with pytest.raises(ValueError, match="in pairs, so at least 2, got 1"):
         Gal(members=1)
+
+
+@pytest.mark.parametrize("defense", [gal, replace(gal, eat=True), smd, deg], ids=["gal", "gal+eat", "smd", "deg"])
+def test_second_order_losses_train_normalised_networks_with_channels_first(defense: Any) -> None:
+    """Only the layout differs from the ensemble that is attacked: the same weights, and the same gradients but for rounding."""
+    one = task((3, 32, 32), "resnet20", 20)
+    begun, usual = defense.part(one, 0).begun(one), defense.build(one)
+    usual.load_state_dict(begun.state_dict())
+    found = []
+    for net, last in ((begun, False), (usual, True)):
+        net.double().train()
+        weight = net.members[0].body[0].weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) == last and weight.is_contiguous() != last
+        batch = Batch(one.train.floats(slice(0, 6)).double(), one.train.labels[:6], generator(0))
+        found.append(torch.autograd.grad(total(defense.loss(one)(net, batch, [])), list(net.parameters())))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("defense", "architecture"),
+    [(gal, "lenet5"), (naive, "resnet20"), (edlcm, "resnet20"), (replace(deg, beta=0.0), "resnet20")],
+)
+def test_other_trainings_keep_channels_last(defense: Any, architecture: str) -> None:
+    one = task((3, 32, 32), architecture, 20)
+    weight = defense.part(one, 0).begun(one).members[0].body[0].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)

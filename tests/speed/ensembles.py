@@ -61,7 +61,8 @@ def steps(task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
         known: Any = found[name][0]
         assert isinstance(known, TrainedTogether), f"{name} is no joint defense"
         defense = replace(known, members=options.members)
-        loss, net = defense.part(task, 0).loss, defense.build(task)
+        part = defense.part(task, 0)
+        loss, net = part.loss, part.begun(task)
         works[name] = Step(net, loss, batch_of(task), _epochs(loss, net, options.rounds))
     return rows_of(works, "naive", options)
 
@@ -161,15 +162,20 @@ def unshared(loss: Loss, *given: Any) -> dict[str, Tensor]:
 
 def forms(task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each form of a loss, over the one with most passes."""
-    batch, nets = batch_of(task), [assembled(task, options.members, slope).train() for slope in (gal.slope, edlcm.slope)]
+    batch = batch_of(task)
+    nets = [replace(defense, members=options.members).part(task, 0).begun(task).train() for defense in (gal, edlcm)]
     works: dict[str, Work] = {
         "two forwards": Step(nets[0], two_forwards, batch),
         "one forward": Step(nets[0], GradientAlignment(gal.weight, 0.0), batch),
     }
     if options.compile:
-        fast = torch.compile(grad(partial(_functional, nets[0])))
-        works["compiled"] = lambda: fast([dict(member.named_parameters()) for member in nets[0].members], batch.x, batch.y)
+        for way, half in (("compiled", False), ("compiled bfloat16", True)):
+            fast = torch.compile(grad(partial(_functional, nets[0], half)))
+            works[way] = partial(_called, fast, nets[0], batch)
     rows = [{"loss": "gal", **row} for row in rows_of(works, "two forwards", options, calls=3)]
+    for row in rows:
+        if row["way"].startswith("compiled"):
+            row["difference"] = _difference(works[row["way"]](), nets[0], batch)
     if all(modeless(member) for member in nets[1].members):
         loss = edlcm.loss(task)
         works = {"own forward": Step(nets[1], partial(unshared, loss), batch), "shared": Step(nets[1], loss, batch)}
@@ -177,11 +183,28 @@ def forms(task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def _functional(net: Ensemble, weights: Sequence[dict[str, Tensor]], x: Tensor, y: Tensor) -> Tensor:
-    """GAL with torch.func.grad inside, the only form that torch.compile takes as a whole."""
+def _called(fast: Callable[..., Any], net: Ensemble, batch: Batch) -> Any:
+    return fast([dict(member.named_parameters()) for member in net.members], batch.x, batch.y)
+
+
+def _difference(found: Any, net: Ensemble, batch: Batch) -> float:
+    """Distance of gradients of the weights, one dictionary a member, from the eager ones, over the length of these."""
+    parts = GradientAlignment(gal.weight, 0.0)(net, batch, [])
+    exact = torch.autograd.grad(torch.stack(list(parts.values())).sum(), [*net.parameters()])
+    own = [
+        gradients[name] for gradients, member in zip(found, net.members, strict=True) for name, _ in member.named_parameters()
+    ]
+    one, other = (torch.cat([gradient.flatten() for gradient in way]) for way in (own, exact))
+    return float((one - other).norm() / other.norm())
+
+
+def _functional(net: Ensemble, half: bool, weights: Sequence[dict[str, Tensor]], x: Tensor, y: Tensor) -> Tensor:
+    """GAL with torch.func.grad inside, the only form that torch.compile takes as a whole; ``half``: networks under autocast."""
 
     def summed(x: Tensor, member: nn.Module, own: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        errors = F.cross_entropy(functional_call(member, own, (x,)), y, reduction="none")
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+            logits = functional_call(member, own, (x,))
+        errors = F.cross_entropy(logits.float(), y, reduction="none")
         return errors.sum(), errors.mean()
 
     found = [grad(summed, has_aux=True)(x, member, own) for member, own in zip(net.members, weights, strict=True)]
