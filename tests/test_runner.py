@@ -139,7 +139,7 @@ def test_an_evaluation_that_makes_no_sense_is_skipped_with_the_reason(tiny: Path
 
 
 def _hold(folder: str, ready: Any, done: Any) -> None:
-    with locked(folder / "tiny"):
+    with locked(Path(folder) / "tiny"):
         ready.set()
         done.wait(30)
 
