@@ -32,11 +32,14 @@ from defenses.ensemble import Ensemble
 from defenses.features import layers
 from defenses.gal import GradientAlignment, alignment, gal
 from defenses.joint import TrainedTogether, assembled, pair_cosines
+from defenses.nets import lay_out
 from defenses.together import grouped, one_by_one
 from defenses.training import Batch
 from tests.speed.timing import Step, Work, arguments, batch_of, report, rows_of
 
 DEFENSES = "naive,adp,gal,smd,dverge,smd_plus,deg,pdd,pdd_deg,edlcm,edlcm_lr,edlcm_lg"
+PUBLIC = "two forwards, channels first"
+"""How public code of GAL runs."""
 
 Loss = Callable[[Ensemble, Batch, Sequence[Any]], dict[str, Tensor]]
 Run = Callable[[Any], Tensor]
@@ -161,10 +164,13 @@ def unshared(loss: Loss, *given: Any) -> dict[str, Tensor]:
 
 
 def forms(task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each form of a loss, over the one with most passes."""
+    """A row for each form of a loss, over the one with most passes, in the layout of training unless it says else."""
     batch = batch_of(task)
     nets = [replace(defense, members=options.members).part(task, 0).begun(task).train() for defense in (gal, edlcm)]
+    public = copy.deepcopy(nets[0])
+    lay_out(public, torch.contiguous_format)
     works: dict[str, Work] = {
+        PUBLIC: Step(public, two_forwards, batch),
         "two forwards": Step(nets[0], two_forwards, batch),
         "one forward": Step(nets[0], GradientAlignment(gal.weight, 0.0), batch),
     }
@@ -172,7 +178,7 @@ def forms(task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
         for way, half in (("compiled", False), ("compiled bfloat16", True)):
             fast = torch.compile(grad(partial(_functional, nets[0], half)))
             works[way] = partial(_called, fast, nets[0], batch)
-    rows = [{"loss": "gal", **row} for row in rows_of(works, "two forwards", options, calls=3)]
+    rows = [{"loss": "gal", **row} for row in rows_of(works, PUBLIC, options, calls=3)]
     for row in rows:
         if row["way"].startswith("compiled"):
             row["difference"] = _difference(works[row["way"]](), nets[0], batch)
