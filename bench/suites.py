@@ -124,8 +124,8 @@ def _check_recipe(place: str, values: dict[str, Any], given: dict[str, Any]) -> 
 def unknown(given: str, known: Any) -> str:
     """'unknown "x"; did you mean "y"? Known are ...'."""
     near = difflib.get_close_matches(str(given), [str(k) for k in known], 1, 0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown {given!r}; {hint}Known are {', '.join(sorted(map(str, known)))}"
+    hint = f"did you mean {near[0]!r}? Known" if near else "known"
+    return f"unknown {given!r}; {hint} are {', '.join(sorted(map(str, known)))}"
 
 
 def available() -> list[str]:

@@ -196,8 +196,8 @@ def check_architectures(names: Sequence[str]) -> None:
             known = [TORCHVISION + model for model in classifiers()]
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"unknown architecture {name!r}; {hint}Known are {', '.join(ARCHITECTURES)} and {TORCHVISION}NAME")
+            hint = f"did you mean {near[0]!r}? Known" if near else "known"
+            raise ValueError(f"unknown architecture {name!r}; {hint} are {', '.join(ARCHITECTURES)} and {TORCHVISION}NAME")
 
 
 def body(name: str, shape: Sequence[int], classes: int) -> nn.Module:

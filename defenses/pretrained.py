@@ -75,6 +75,6 @@ class TorchvisionWeights(Part):
         known = models.get_model_weights(name).__members__
         if self.weights not in known:
             near = difflib.get_close_matches(self.weights, known, 1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"{self.architecture} has no weights {self.weights!r}; {hint}Known are {', '.join(known)}")
+            hint = f"did you mean {near[0]!r}? Known" if near else "known"
+            raise ValueError(f"{self.architecture} has no weights {self.weights!r}; {hint} are {', '.join(known)}")
         return known[self.weights]

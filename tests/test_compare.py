@@ -127,10 +127,10 @@ def test_a_defense_does_not_differ_from_itself(store: Store) -> None:
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (("gal", "naive"), "unknown 'gal'; Known are adp, naive"),
+        (("gal", "naive"), "unknown 'gal'; known are adp, naive"),
         (("adp", "naive", "--budget", "paper"), "no finished records of budget paper"),
         (("adp", "naive", "--only", "pgd"), "share no number"),
-        (("adp", "naive", "--format", "pdf"), "--format: unknown 'pdf'; Known are csv, json, md, text"),
+        (("adp", "naive", "--format", "pdf"), "--format: unknown 'pdf'; known are csv, json, md, text"),
     ],
 )
 def test_wrong_requests_get_one_line(

@@ -127,7 +127,7 @@ WRONG = [
     ('facts = { eps = "{eps}", denominator = "clean_correct" }', "facts = { eps = 0.7 }", "is not asked at eps 0.7"),
     ('of = { threat = "whitebox", norm = "l2" }', 'of = { threat = "whitebox" }', "is in l2, the published number in linf"),
     ("[suites]", "[suites", "not valid TOML"),
-    ("published = ", 'extends = "smd_tabel1"\npublished = ', "extends: unknown 'smd_tabel1'; Known are bad"),
+    ("published = ", 'extends = "smd_tabel1"\npublished = ', "extends: unknown 'smd_tabel1'; known are bad"),
 ]
 
 

@@ -145,4 +145,4 @@ def test_an_unknown_executor_is_refused(
     paper: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert bench("reproduce", "digits_table1", "--executor", "slurm", monkeypatch=monkeypatch) == 2
-    assert "--executor: unknown 'slurm'; Known are local, ray" in capsys.readouterr().err
+    assert "--executor: unknown 'slurm'; known are local, ray" in capsys.readouterr().err

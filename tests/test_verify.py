@@ -498,7 +498,7 @@ def test_a_mismatch_is_code_1_with_everything_in_the_output(
     [
         (("nowhere",), "there is no record at or below nowhere"),
         (("{runs}/tiny/parts",), "there is no record at or below"),
-        (("{runs}", "--format", "pdf"), "--format: unknown 'pdf'; Known are json, text"),
+        (("{runs}", "--format", "pdf"), "--format: unknown 'pdf'; known are json, text"),
         (("{runs}", "--sample", "-1"), "--sample: how many images"),
     ],
 )
