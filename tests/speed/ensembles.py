@@ -197,10 +197,9 @@ def _difference(found: Any, net: Ensemble, batch: Batch) -> float:
     """Distance of gradients of the weights, one dictionary a member, from the eager ones, over the length of these."""
     parts = GradientAlignment(gal.weight, 0.0)(net, batch, [])
     exact = torch.autograd.grad(torch.stack(list(parts.values())).sum(), [*net.parameters()])
-    own = [
-        gradients[name] for gradients, member in zip(found, net.members, strict=True) for name, _ in member.named_parameters()
-    ]
-    one, other = (torch.cat([gradient.flatten() for gradient in way]) for way in (own, exact))
+    named = zip(found, net.members, strict=True)
+    own = [gradients[name] for gradients, member in named for name, _ in member.named_parameters()]
+    one, other = (torch.cat([gradient.detach().flatten() for gradient in way]) for way in (own, exact))
     return float((one - other).norm() / other.norm())
 
 
