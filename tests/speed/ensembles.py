@@ -167,7 +167,7 @@ def forms(task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each form of a loss, over the one with most passes, in the layout of training unless it says else."""
     batch = batch_of(task)
     nets = [replace(defense, members=options.members).part(task, 0).begun(task).train() for defense in (gal, edlcm)]
-    public = copy.deepcopy(nets[0])
+    public, still = copy.deepcopy(nets[0]), copy.deepcopy(nets[0])
     lay_out(public, torch.contiguous_format)
     works: dict[str, Work] = {
         PUBLIC: Step(public, two_forwards, batch),
@@ -177,12 +177,12 @@ def forms(task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
     if options.compile:
         for way, half in (("compiled", False), ("compiled bfloat16", True)):
             # Without running statistics, which torch.func.grad would refuse to move; a batch in train mode does not use them.
-            steady = replace_all_batch_norm_modules_(copy.deepcopy(nets[0]))
+            steady = replace_all_batch_norm_modules_(copy.deepcopy(still))
             works[way] = partial(_called, torch.compile(grad(partial(_functional, steady, half))), steady, batch)
     rows = [{"loss": "gal", **row} for row in rows_of(works, PUBLIC, options, calls=3)]
     for row in rows:
         if row["way"].startswith("compiled"):
-            row["difference"] = _difference(works[row["way"]](), nets[0], batch)
+            row["difference"] = _difference(works[row["way"]](), still, batch)
     if all(modeless(member) for member in nets[1].members):
         loss = edlcm.loss(task)
         works = {"own forward": Step(nets[1], partial(unshared, loss), batch), "shared": Step(nets[1], loss, batch)}
