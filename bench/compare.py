@@ -99,10 +99,9 @@ def difference(evaluation: str, number: str, pairs: Sequence[tuple[pd.Series, pd
     """The difference of one number, from what it is the mean of image by image, a pair a training seed."""
     frames = _shared(pairs)
     means = _means(frames)
-    apart = (means.a - means.b).to_numpy()
-    low, high = metrics.bootstrap_mean(apart)
-    each = tuple(float((frame.a - frame.b).mean()) for frame in frames)
-    a, b, mean = float(means.a.mean()), float(means.b.mean()), float(apart.mean())
+    low, high = metrics.bootstrap_mean((means.a - means.b).to_numpy())
+    each = tuple(_gap(frame) for frame in frames)
+    a, b, mean = float(means.a.mean()), float(means.b.mean()), _gap(means)
     return Difference(evaluation, number, len(means), len(frames), a, b, mean, low, high, each, _p(means, len(frames)))
 
 
@@ -110,6 +109,12 @@ def chance(pairs: Sequence[tuple[pd.Series, pd.Series]]) -> float:
     """The p of :func:`difference` alone."""
     frames = _shared(pairs)
     return _p(_means(frames), len(frames))
+
+
+def _gap(frame: pd.DataFrame) -> float:
+    """Mean difference of a and b; 0 where rows in float32 cannot tell it from nothing."""
+    gap = float((frame.a - frame.b).mean())
+    return gap if abs(gap) > 2**-24 * float(frame.abs().to_numpy().mean()) else 0.0
 
 
 def _shared(pairs: Sequence[tuple[pd.Series, pd.Series]]) -> list[pd.DataFrame]:

@@ -9,13 +9,14 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
 from bench import cli
-from bench.compare import Difference, compare, summary, table
+from bench.compare import Difference, compare, difference, summary, table
 from bench.metrics import holm, mcnemar, sign_flip
 from bench.request import Request
 from bench.runner import Run
@@ -50,6 +51,14 @@ def test_sign_flips_are_exact_for_few_and_uniform_under_no_difference() -> None:
     low = sum(sign_flip(rng.normal(size=40), flips=199) <= 0.05 for _ in range(1000))
     assert 25 <= low <= 80
     assert sign_flip(rng.normal(size=40) + 2) == pytest.approx(1e-4)
+
+
+def test_sums_that_float32_cannot_tell_apart_do_not_differ() -> None:
+    sixths = np.array([1 / 6, 5 / 6, 1 / 3], dtype="float32")
+    a, b = pd.Series(sixths), pd.Series(np.array([5 / 6, 1 / 6, 1 / 3], dtype="float32") + np.float32(1e-9))
+    row = difference("diversity", "share", [(a, b), (a, a + 1e-6)])
+    assert row.each == (0.0, pytest.approx(-1e-6, rel=0.1)) and row.difference == pytest.approx(-5e-7, rel=0.1)
+    assert difference("diversity", "share", [(a, b)]).difference == 0.0
 
 
 @pytest.fixture(scope="module")
