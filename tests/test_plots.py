@@ -184,6 +184,14 @@ def test_saliency_maps_stand_beside_their_image_with_the_cosines_below(tmp_path:
     assert all(np.array_equal(axes.images[0].get_array(), own) for axes, own in zip(pictures[9:12], third))
 
 
+def test_titles_of_transfer_maps_of_several_seeds_leave_each_other_room() -> None:
+    figure = plots.transfer(Store(Path(__file__).parents[1] / "leaderboards/results").records("smd_fashion_mnist"))
+    assert figure is not None
+    FigureCanvasAgg(figure).draw()
+    titles = [axes.title.get_window_extent() for axes in figure.axes if axes.get_title()]
+    assert len(titles) == 12 and not any(a.overlaps(b) for a, b in combinations(titles, 2))
+
+
 def test_blocks_of_maps_neither_overlap_nor_leave_the_page(tmp_path: Path) -> None:
     store = Store(tmp_path)
     members = {"a": 3, "b": 5, "c" * 40: 2, "d": 8, "e": 3, "f": 3, "g": 2}

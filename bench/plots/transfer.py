@@ -180,15 +180,16 @@ def _mean(numbers: list[Metric | None]) -> float:
 
 
 def facts(group: list[Record]) -> str:
-    """Norm and budget, and how many images count."""
+    """Norm and budget, and how many images count; of several seeds on a line of its own."""
     norm = {"linf": r"\ell_\infty", "l2": r"\ell_2"}[group[0].eval["fields"]["norm"]]
-    return f"${norm}$, {counted(group)}"
+    between = "\n" if len(group) > 1 else " "
+    return f"${norm}$, {counted(group, between)}"
 
 
-def counted(group: list[Record]) -> str:
+def counted(group: list[Record], between: str = " ") -> str:
     """The budget, and how many images count."""
     counts = sorted({metric.n for record in group for metric in matrix_of(record).values()}) or [0]
     images = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
     seeds = f", mean of {len(group)} seeds" if len(group) > 1 else ""
     of = group[0].eval["fields"]["images"]
-    return f"$\\epsilon$ = {middle(group[0]):.4g}; {images} of {of} images{seeds}"
+    return f"$\\epsilon$ = {middle(group[0]):.4g};{between}{images} of {of} images{seeds}"
