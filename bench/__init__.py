@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from importlib import import_module
 from typing import Any
 
-# MKL rounds a row of a matrix product by how many rows there are, unless asked not to before its first product: without this
-# logits of up to 15 images (AVX-512; AVX2: 68) differ from those of the same images in a larger batch.
-os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+from bench import environment
+
+environment.steady_sums()  # before anything is multiplied
 
 _HOMES = {
     "Request": "bench.request",

@@ -21,6 +21,23 @@ class DeviceError(ValueError):
     """A device that is not there."""
 
 
+def steady_sums() -> None:
+    """Ask MKL to round a row of a matrix product in the same way however many rows there are; it listens before its first one.
+
+    Without that, logits of up to 15 images (AVX-512; AVX2: 68) differ from those of the same images in a larger batch. MKL has
+    this mode for Intel's processors alone. What is set in MKL_CBWR stays.
+    """
+    if intel():
+        os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+
+@cache
+def intel() -> bool:
+    """Whether this is a processor of Intel."""
+    facts = Path("/proc/cpuinfo")
+    return "GenuineIntel" in (facts.read_text() if facts.exists() else platform.processor())
+
+
 def one_thread() -> None:
     """Let torch use one thread, unless OMP_NUM_THREADS says how many.
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import environment
+
 # Small networks gain nothing from threads, and a child forked after OpenMP has started some would wait for them for ever.
 torch.set_num_threads(1)
-os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # as `bench` does, which some tests never import
+environment.steady_sums()  # as importing `bench` does, which some tests never do
 
 HEAD = """\
 version = 1
