@@ -39,7 +39,7 @@ from tests.speed.timing import Step, Work, arguments, batch_of, report, rows_of
 
 DEFENSES = "naive,adp,gal,smd,dverge,smd_plus,deg,pdd,pdd_deg,edlcm,edlcm_lr,edlcm_lg"
 PUBLIC = "two forwards, channels first"
-"""How public code of GAL runs."""
+"""How public code of GAL runs, with torch's BatchNorm."""
 
 Loss = Callable[[Ensemble, Batch, Sequence[Any]], dict[str, Tensor]]
 Run = Callable[[Any], Tensor]
@@ -167,7 +167,7 @@ def forms(task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each form of a loss, over the one with most passes, in the layout of training unless it says else."""
     batch = batch_of(task)
     nets = [replace(defense, members=options.members).part(task, 0).begun(task).train() for defense in (gal, edlcm)]
-    public, still = copy.deepcopy(nets[0]), copy.deepcopy(nets[0])
+    public, still = assembled(task, options.members, gal.slope).train(), copy.deepcopy(nets[0])
     lay_out(public, torch.contiguous_format)
     works: dict[str, Work] = {
         PUBLIC: Step(public, two_forwards, batch),
