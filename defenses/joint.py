@@ -117,10 +117,7 @@ class Together(Trained):
         watched = self.loss.watch(net, images.floats(), generator(self.seed, "watch", self.role, device=task.device))
         return {**found, **{f"validation_{name}": value for name, value in watched.items()}}
 
-    def outline(self, task: Task) -> Weights:
-        return assembled(task, self.members, self.slope, self.seed, self.architecture).state_dict()
-
-    def begun(self, task: Task) -> Ensemble:
+    def untrained(self, task: Task) -> Ensemble:
         """The ensemble as training begins, but for what it needs.
 
         On CPU the double backward pass of BatchNorm is slow, and slower with channels last: with channels first, and with it
@@ -135,7 +132,7 @@ class Together(Trained):
         return ensemble
 
     def make(self, task: Task, needs: Sequence[Weights], workshop: Workshop) -> Weights:
-        ensemble = self.begun(task)
+        ensemble = self.untrained(task)
         begin, held_out = needs[: len(needs) - self.sources * self.members], needs[len(needs) - self.sources * self.members :]
         for net, weights in zip(ensemble.members, begin, strict=bool(begin)):
             net.load_state_dict(weights)

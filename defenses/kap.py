@@ -30,7 +30,9 @@ class TrainedKernels(Trained):
     kernels: Kernels
 
     def untrained(self, task: Task) -> Network:
-        return KernelNetwork(super().untrained(task), self.kernels)
+        plain = super().untrained(task)
+        assert isinstance(plain, Network)
+        return KernelNetwork(plain, self.kernels)
 
     def checks(self, net: Classifier, task: Task) -> dict[str, float]:
         """Clean accuracy, and of the first 200 validation images the lowest signal-to-noise ratio of all layers."""

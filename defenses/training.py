@@ -114,7 +114,7 @@ class Trained(Part):
     def outline(self, task: Task) -> Weights | None:
         return self.untrained(task).state_dict()
 
-    def untrained(self, task: Task) -> Network:
+    def untrained(self, task: Task) -> Classifier:
         """The network as training begins."""
         return network(task, generator(self.seed, "init", self.role, self.member), self.architecture)
 

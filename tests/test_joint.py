@@ -472,7 +472,7 @@ def test_impossible_numbers_of_members_are_refused() -> None:
 def test_second_order_losses_train_normalised_networks_with_channels_first(defense: Any) -> None:
     """Only the layout differs from the ensemble that is attacked: the same weights, and the same gradients but for rounding."""
     one = task((3, 32, 32), "resnet20", 20)
-    begun, usual = defense.part(one, 0).begun(one), defense.build(one)
+    begun, usual = defense.part(one, 0).untrained(one), defense.build(one)
     usual.load_state_dict(begun.state_dict())
     found = []
     for net, last in ((begun, False), (usual, True)):
@@ -491,5 +491,5 @@ def test_second_order_losses_train_normalised_networks_with_channels_first(defen
 )
 def test_other_trainings_keep_channels_last(defense: Any, architecture: str) -> None:
     one = task((3, 32, 32), architecture, 20)
-    weight = defense.part(one, 0).begun(one).members[0].body[0].weight
+    weight = defense.part(one, 0).untrained(one).members[0].body[0].weight
     assert weight.is_contiguous(memory_format=torch.channels_last)

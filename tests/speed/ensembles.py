@@ -65,7 +65,7 @@ def steps(task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
         assert isinstance(known, TrainedTogether), f"{name} is no joint defense"
         defense = replace(known, members=options.members)
         part = defense.part(task, 0)
-        loss, net = part.loss, part.begun(task)
+        loss, net = part.loss, part.untrained(task)
         works[name] = Step(net, loss, batch_of(task), _epochs(loss, net, options.rounds))
     return rows_of(works, "naive", options)
 
@@ -166,7 +166,7 @@ def unshared(loss: Loss, *given: Any) -> dict[str, Tensor]:
 def forms(task: Task, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each form of a loss, over the one with most passes, in the layout of training unless it says else."""
     batch = batch_of(task)
-    nets = [replace(defense, members=options.members).part(task, 0).begun(task).train() for defense in (gal, edlcm)]
+    nets = [replace(defense, members=options.members).part(task, 0).untrained(task).train() for defense in (gal, edlcm)]
     public, still = assembled(task, options.members, gal.slope).train(), copy.deepcopy(nets[0])
     lay_out(public, torch.contiguous_format)
     works: dict[str, Work] = {
