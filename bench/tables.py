@@ -9,7 +9,7 @@ from itertools import groupby
 from statistics import mean, stdev
 from typing import Any
 
-from bench import captions, columns
+from bench import captions, columns, latex
 from bench.diagnose import STATUSES, Diagnosis, Place, certifies, diagnose, place
 from bench.store import Metric, Record, Store
 
@@ -143,7 +143,7 @@ def _caption(records: list[Record]) -> str:
     sentences = [
         f"Suite {name} version {version}, budget {budget} ({size}), {first.task.get('architecture')}",
         "data: " + ", ".join(sorted({record.hashes.get("data", "unknown") for record in records})),
-        "accuracies in percent of all images: one seed with its 95 % interval, or mean ± deviation over training seeds",
+        "accuracies in percent of all images: one seed with its 95 % interval, or mean ± deviation over seeds (how many)",
         "images: " + ", ".join(f"{evaluation} {count}" for evaluation, count in images),
         *captions.of_kind(kind, f"sigma = {sigma:g}, {how}" if sigma else how, records),
     ]
@@ -174,7 +174,7 @@ def _show(cell: Cell | None) -> str:
     digits = 1 if scale == 100.0 else _DIGITS.get(one.unit, 3)
     values = [metric.value * scale for _, metric in cell]
     if len(values) > 1:
-        return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f} ({len(values)} seeds)"
+        return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f} ({len(values)})"
     if one.lower is None or one.upper is None:
         return f"{values[0]:.{digits}f}"
     return f"{values[0]:.{digits}f} [{one.lower * scale:.{digits}f}, {one.upper * scale:.{digits}f}]"
@@ -247,13 +247,11 @@ def render(table: Table, fmt: str = "text") -> str:
         raise ValueError(f"unknown format {fmt!r}; known are {', '.join(FORMATS)}")
     if fmt in ("json", "csv"):
         return _raw(tidy(table), fmt)
+    if fmt == "latex":
+        rows = [[[latex.Cell.of(cell) for cell in row]] for row in body(table)]
+        return latex.floats(table.title, table.caption, table.columns, rows, labels=2)
     from tabulate import tabulate
 
-    if fmt == "latex":
-        grid = str(tabulate(body(table), table.columns, tablefmt="latex_booktabs", disable_numparse=True))
-        grid = grid.replace("–", "--").replace("±", r"$\pm$")
-        caption = latex(table.caption)
-        return f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n{grid}\n\\end{{table}}"
     if fmt == "html":
         from html import escape
 
@@ -263,14 +261,3 @@ def render(table: Table, fmt: str = "text") -> str:
     cells = [[cell.replace("|", r"\|") for cell in row] for row in body(table)] if fmt == "md" else body(table)
     grid = str(tabulate(cells, table.columns, tablefmt=style, disable_numparse=True))
     return f"{grid}\n\n{table.caption}" if fmt == "md" else f"{table.title}\n{grid}\n{table.caption}"
-
-
-def latex(text: str) -> str:
-    """Text with everything escaped that LaTeX would take for a command."""
-    return text.translate(_LATEX).replace("<=", r"$\leq$").replace(">=", r"$\geq$")
-
-
-_LATEX = str.maketrans({
-    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "±": r"$\pm$",
-    **{sign: "\\" + sign for sign in "&%_#${}"},
-})  # fmt: skip

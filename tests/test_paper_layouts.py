@@ -66,7 +66,7 @@ def test_it_renders_holes_in_every_format(empty: PaperTable) -> None:
 
 
 def check_latex(text: str) -> None:
-    """No TeX is at hand in tests: environments nest, braces match, rows have all columns, nothing special stands bare."""
+    """Without TeX: environments nest, braces match, rows have all columns, nothing special stands bare."""
     stack = []
     for kind, name in re.findall(r"\\(begin|end)\{(\w+)\}", text):
         if kind == "begin":

@@ -62,7 +62,7 @@ def test_every_cell_is_the_stored_number(store: Store) -> None:
     attack, certificate = tables.summaries(store)
     shown = cells(attack)
     assert shown["one", "pgd linf 0.1"] == "50.0 [45.0, 55.0]"
-    assert shown["two", "pgd linf 0.1"] == "50.0 ± 14.1 (2 seeds)"  # mean and deviation over two training seeds
+    assert shown["two", "pgd linf 0.1"] == "50.0 ± 14.1 (2)"  # mean and deviation over two training seeds
     assert shown["two", "seeds"] == "3, 4"
     assert shown["broken", "pgd linf 0.1"] == tables.HOLE
     assert shown["broken", "status"] == "unreviewed; pgd error"

@@ -9,11 +9,12 @@ from html import escape
 from itertools import groupby
 from typing import Any
 
+from bench import latex
 from bench.papers import words
 from bench.papers.cells import Cell, Number, number
 from bench.papers.join import Label, PaperTable, Where
 from bench.papers.layout import CELL
-from bench.tables import FORMATS, HOLE, latex
+from bench.tables import FORMATS, HOLE
 
 Change = Callable[[str], str]
 
@@ -30,13 +31,13 @@ class Style:
 
 def _ruled(text: str) -> str:
     """A line through a short text by plain LaTeX, without a package."""
-    return rf"\rlap{{\rule[0.6ex]{{{0.5 * len(text) + 0.1:.1f}em}}{{0.5pt}}}}{latex(text)}"
+    return rf"\rlap{{\rule[0.6ex]{{{0.5 * len(text) + 0.1:.1f}em}}{{0.5pt}}}}{latex.escaped(text)}"
 
 
 STYLES = {
     "text": Style("~~{}~~".format, "**{}**".format, " ({})".format, str),
     "md": Style("~~{}~~".format, "**{}**".format, "<sup>{}</sup>".format, lambda text: text.replace("|", r"\|")),
-    "latex": Style(_ruled, lambda text: rf"\textbf{{{latex(text)}}}", r"\textsuperscript{{{}}}".format, latex),
+    "latex": Style(_ruled, lambda text: rf"\textbf{{{latex.escaped(text)}}}", r"\textsuperscript{{{}}}".format, latex.escaped),
     "html": Style(
         lambda text: f"<s>{escape(text)}</s>",
         lambda text: f"<b>{escape(text)}</b>",
@@ -84,22 +85,25 @@ def _markdown(table: PaperTable) -> str:
 
 
 def _latex(table: PaperTable) -> str:
-    """A float for each value of the first label, so that it fits on a page, and the sentences as text behind them."""
-    names = table.layout.rows
-    lines = []
+    """Floats for each value of the first label, and the sentences as text behind them."""
+    names, marks = table.layout.rows, words.remarks(table)[0]
+    several = len(names) > 1
+    heads = _heads(table, STYLES["text"])[several:]
+    parts = []
     for first, rows in groupby(table.rows, key=lambda row: row[0]):
-        told = f" ({words.shown(table.layout, names[0], first, alone=False)})" if len(names) > 1 else ""
-        title = latex(f"{table.layout.title}{told}. {words.caption(table)}")
-        body = _body(replace(table, cells=_of_rows(table, list(rows))), STYLES["latex"], words.remarks(table)[0])
-        lines += [r"\begin{table}[p]", r"\centering", r"\scriptsize", r"\setlength{\tabcolsep}{3pt}", rf"\caption{{{title}}}"]
-        lines += [rf"\begin{{tabular}}{{{'l' * (len(names) + 1)}{'r' * len(table.columns)}}}", r"\toprule"]
-        lines += [" & ".join(_heads(table, STYLES["latex"])) + r" \\", r"\midrule"]
-        lines += [*(" & ".join(row) + r" \\" for row in body), r"\bottomrule", r"\end{tabular}", r"\end{table}"]
-    lines += [r"\begingroup\scriptsize\raggedright"]
+        own = replace(table, cells=_of_rows(table, list(rows)))
+        plain, written = (_groups(own, STYLES[style], marks) for style in ("text", "latex"))
+        groups = [
+            [[latex.Cell(*pair) for pair in zip(*lines, strict=True)][several:] for lines in zip(*group, strict=True)]
+            for group in zip(plain, written, strict=True)
+        ]
+        told = f" ({words.shown(table.layout, names[0], first, alone=False)})" if several else ""
+        parts.append(latex.floats(table.layout.title + told, words.caption(table), heads, groups, len(names) + 1 - several))
+    lines = [r"\begingroup\scriptsize\raggedright"]
     for title, items in words.lists(table):
-        lines += [rf"\par\smallskip {latex(title)}", r"\begin{itemize}", *(rf"\item {{}}{latex(item)}" for item in items)]
-        lines += [r"\end{itemize}"]
-    return "\n".join([*lines, r"\par\endgroup"])
+        lines += [rf"\par\smallskip {latex.escaped(title)}", r"\begin{itemize}"]
+        lines += [*(rf"\item {{}}{latex.sentence(item)}" for item in items), r"\end{itemize}"]
+    return "\n\n".join([*parts, "\n".join([*lines, r"\par\endgroup"])])
 
 
 def _of_rows(table: PaperTable, rows: list[Label]) -> dict[Where, Cell]:
@@ -123,13 +127,16 @@ def _heads(table: PaperTable, style: Style) -> list[str]:
     return [style.plain(text) for text in (*table.layout.rows, "", *words.headings(table))]
 
 
-def _body(table: PaperTable, style: Style, marks: dict[int, list[str]] | None = None) -> list[list[str]]:
+def _body(table: PaperTable, style: Style) -> list[list[str]]:
+    return [line for group in _groups(table, style, words.remarks(table)[0]) for line in group]
+
+
+def _groups(table: PaperTable, style: Style, marks: dict[int, list[str]]) -> list[list[list[str]]]:
     """Four lines for every row of the paper, and one more where other numbers are told beside ours."""
-    marks, lines = marks or words.remarks(table)[0], []
+    groups = []
     for row in table.rows:
         cells = [table.cells.get((row, column)) for column in table.columns]
         labels = [style.plain(text) for text in words.row_words(table, row)]
-        lines.append([*labels, "paper", *(_printed(cell, marks, style) for cell in cells)])
         more: dict[str, list[str]] = {"ours": [_ours(cell, style) for cell in cells]}
         if any(cell and cell.filled for cell in cells):
             more["95 %"] = [style.plain(_interval(cell)) for cell in cells]
@@ -137,8 +144,9 @@ def _body(table: PaperTable, style: Style, marks: dict[int, list[str]] | None = 
             for name in dict.fromkeys(one.words for cell in cells if cell for one in cell.answer.beside):
                 more[name] = [style.plain(_beside(cell, name)) for cell in cells]
         blank = [""] * len(labels)
-        lines += [[*blank, style.plain(name), *texts] for name, texts in more.items() if any(texts)]
-    return lines
+        told = [[*blank, style.plain(name), *texts] for name, texts in more.items() if any(texts)]
+        groups.append([[*labels, "paper", *(_printed(cell, marks, style) for cell in cells)], *told])
+    return groups
 
 
 def _printed(cell: Cell | None, marks: dict[int, list[str]], style: Style) -> str:
