@@ -16,6 +16,7 @@ from bench.registry import from_file, problems, registered
 from bench.store import Store
 from bench.suites import SuiteError, available, load_suite, unknown
 from defenses.api import Defense
+from defenses.estimators import ESTIMATORS
 
 
 def listing(what: str) -> None:
@@ -27,6 +28,7 @@ def listing(what: str) -> None:
     kinds = {
         "defenses": lambda: _defenses(registered()),
         "attacks": lambda: {name: f"{_first_line(own)} [{attack_origin(name)}]" for name, own in attack_classes().items()},
+        "estimators": lambda: {name: _first_line(own) for name, own in ESTIMATORS.items()},
         "suites": lambda: {name: _suite(name) for name in available()},
         "tables": lambda: {"summary": f"every number of a suite; formats {', '.join(tables.FORMATS)}", **_papers(Path("runs"))},
         "datasets": lambda: {name: f"{facts.classes} classes, {facts.shape}" for name, facts in DATASETS.items()},
@@ -38,8 +40,10 @@ def listing(what: str) -> None:
         raise ValueError(f"list: {unknown(what, kinds)}, or a .py file")
     for kind in [what] if what else list(kinds):
         print(f"{kind}:")
-        for name, text in kinds[kind]().items():
-            print(f"  {name:23} {text}")
+        listed = kinds[kind]()
+        wide = max(map(len, listed), default=0)
+        for name, text in listed.items():
+            print(f"  {name:{wide}}  {text}")
     for text in problems():
         print(text, file=sys.stderr)
 

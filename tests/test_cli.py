@@ -101,7 +101,7 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lists_show_what_there_is(bench, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench("list") == 0
     out = capsys.readouterr().out
-    for name in ("cear_rw", "randsmooth", "pgd", "digits", "mnist", "summary"):
+    for name in ("cear_rw", "randsmooth", "pgd", "group_sequential", "digits", "mnist", "summary"):
         assert name in out
 
 

@@ -102,7 +102,7 @@ class GroupSequential(Sequential):
 
 
 class OneRadius(GroupSequential):
-    """The same for one radius, whose looks lie where they can decide.
+    """Clopper-Pearson at several looks for one radius, which lie where they can decide (methods 7.5 f).
 
     Votes that all agree prove the radius at some number of draws and not before: there is the first look that may certify, and
     further ones each 1.15 times as late. Before it only futility is looked for, which takes nothing from alpha.
