@@ -10,6 +10,7 @@ colour ones (Madry et al.: ``steps=40,step=0.01``). Rates, epochs and network ar
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,7 +26,7 @@ from attacks.gradient import Walk, ascend
 from attacks.guided import View
 from attacks.norms import norm as norm_named
 from attacks.norms import per_row
-from defenses.api import Classifier, Defense, Parts, Task
+from defenses.api import Classifier, Defense, Parts, Recipe, Task
 from defenses.combine import Mean
 from defenses.ensemble import Ensemble
 from defenses.nets import check_architectures, network
@@ -115,16 +116,22 @@ class AdversarialCrossEntropy:
         return {"ce": F.cross_entropy(net(x), batch.y, label_smoothing=batch.label_smoothing)}
 
 
-def overfitted(log: Log, classes: int) -> str:
+def overfitted(log: Log, classes: int, watched: int) -> str:
     """What happened, if the last epoch overfitted catastrophically (Wong et al. 2020); empty if it did not.
 
-    It did if accuracy under PGD is less than half of the best so far, and that was more than twice what guessing gets: before a
-    network has learned anything its accuracy means nothing.
+    It did if accuracy under PGD of the ``watched`` images is less than half of the best so far, the best was more than twice
+    what guessing gets (before a network has learned anything its accuracy means nothing), and the fall is more than four
+    standard errors of the best: of 200 classes twice a guess is 1 %, which a few images more or less can halve.
     """
     best, now = max((line["validation_robust"] for line in log), default=0.0), log[-1]["validation_robust"] if log else 0.0
-    if best > 2 / classes and now < best / 2:
+    luck = 4 * math.sqrt(best * (1 - best) / watched)
+    if best > 2 / classes and now < best / 2 and best - now > luck:
         return f"catastrophic overfitting: validation accuracy under PGD fell from {best:.3f} to {now:.3f}"
     return ""
+
+
+def _watched(task: Task) -> int:
+    return min(WATCHED, len(task.validation))
 
 
 def _best(log: Log, task: Task) -> bool:
@@ -135,7 +142,7 @@ def _best(log: Log, task: Task) -> bool:
 KEEP: dict[str, Callable[[Log, Task], bool]] = {
     "last": lambda log, task: False,
     "best": _best,
-    "good": lambda log, task: not overfitted(log, task.classes),
+    "good": lambda log, task: not overfitted(log, task.classes, _watched(task)),
 }
 """Whose weights stay: of the last epoch; of that with the best accuracy under PGD, the first of equals; or of the last before
 catastrophic overfitting, which ends the training."""
@@ -162,7 +169,7 @@ class Hardened(Trained):
         return KEEP[self.keep](log, task)
 
     def enough(self, log: Log, task: Task) -> str:
-        return overfitted(log, task.classes) if self.keep == "good" else ""
+        return overfitted(log, task.classes, _watched(task)) if self.keep == "good" else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +226,10 @@ class AdversariallyTrained(Defense):
         eps = self.eps or self.usual[self.norm][task.shape[0]]
         return Inner(self.norm, eps, self.steps, self.step or self.travel[self.norm] * eps / self.steps, self.craft_bn)
 
+    def recipe(self, task: Task) -> Recipe:
+        """How members are trained."""
+        return task.recipe_for(self.role)
+
     def part(self, task: Task, seed: int, member: int = 0) -> Hardened:
         """The training of a member."""
         return Hardened(
@@ -226,7 +237,7 @@ class AdversariallyTrained(Defense):
             seed=seed,
             member=member,
             architecture=self.architecture or task.architecture,
-            recipe=task.recipe_for(self.role),
+            recipe=self.recipe(task),
             loss=self.loss(self.inner(task)),
             keep=self.keep,
         )

@@ -35,10 +35,11 @@ class TrainedKernels(Trained):
         return KernelNetwork(plain, self.kernels)
 
     def checks(self, net: Classifier, task: Task) -> dict[str, float]:
-        """Clean accuracy, and of the first 200 validation images the lowest signal-to-noise ratio of all layers."""
+        """Clean accuracy, and of the first 200 validation images the signal-to-noise ratio of every layer."""
         found = super().checks(net, task)
         if self.kernels.noise and isinstance(net, KernelNetwork):
-            found["validation_signal_to_noise"] = min(loudness(net, task.validation.floats(slice(0, 200))))
+            ratios = loudness(net, task.validation.floats(slice(0, 200)))
+            found |= {f"validation_signal_to_noise_{layer}": ratio for layer, ratio in enumerate(ratios, 1)}
         return found
 
 
@@ -84,6 +85,8 @@ class Kap(Defense):
         with torch.device("meta"):
             layers = [module for module in body(name, task.shape, task.classes).modules() if isinstance(module, nn.Conv2d)]
         pool = self.kernels().pool
+        if pool.kind != "none" and any(layer.groups > 1 for layer in layers):
+            return f"{name}: kernels of grouped convolutions see different channels, and cannot be pooled"
         return next((f"{name}: {why}" for layer in layers if (why := pool.obstacle(layer.out_channels))), "")
 
     def part(self, task: Task, seed: int, member: int = 0) -> TrainedKernels:

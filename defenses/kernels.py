@@ -89,7 +89,7 @@ class KernelConv2d(nn.Conv2d):
 
 def _settings(layer: nn.Conv2d) -> dict[str, Any]:
     """Arguments that make a convolution of the same shape."""
-    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding")
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
     return {name: getattr(layer, name) for name in names}
 
 
@@ -234,15 +234,17 @@ def answers(net: Network, x: Tensor) -> dict[str, Tensor]:
 
 
 def loudness(net: KernelNetwork, x: Tensor) -> list[float]:
-    """Of every convolution, the standard deviation of its pooled answers to images (n c h w) over that of its noise.
+    """Of every convolution, the standard deviation of a channel of its pooled answers to images (n c h w), in the mean over
+    channels, over that of its noise.
 
-    Noise comes before BatchNorm, so that training may drown it in large answers.
+    Noise comes before BatchNorm, so that training may drown it in large answers. What channels differ by does not count:
+    BatchNorm takes it away.
     """
     found: list[float] = []
 
     def note(name: str, layer: nn.Conv2d, answer: Tensor) -> None:
         if isinstance(layer, KernelConv2d):
-            found.append(float(answer.std()) / layer.noise.sigma)
+            found.append(float(answer.transpose(0, 1).flatten(1).std(1).mean()) / layer.noise.sigma)
 
     listen(net, x, note)
     return found

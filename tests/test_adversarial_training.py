@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -322,7 +323,10 @@ def planted(one: Task, keep: str, *robust: float) -> Planted:
         ("good", (0.5, 0.4, 0.45), [1, 2, 3], 3),
     ],
 )
-def test_the_epoch_that_is_kept(keep: str, robust: tuple[float, ...], kept: list[int | None], made: int) -> None:
+def test_the_epoch_that_is_kept(
+    keep: str, robust: tuple[float, ...], kept: list[int | None], made: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adversarial_training, "_watched", lambda task: 1000)
     one, bench = task(), Remembering()
     own = planted(one, keep, *robust)
     found = own.make(one, [], bench)
@@ -346,19 +350,31 @@ def test_keeping_does_not_change_the_training() -> None:
 
 
 @pytest.mark.parametrize(
-    ("robust", "classes", "is_over"),
+    ("robust", "classes", "watched", "is_over"),
     [
-        ((), 10, False),
-        ((0.5,), 10, False),
-        ((0.5, 0.26), 10, False),
-        ((0.5, 0.24), 10, True),
-        ((0.5, 0.45, 0.3, 0.2), 10, True),
-        ((0.19, 0.02), 10, False),  # a network that has not learned yet calls everything by one name
-        ((0.19, 0.02), 100, True),
+        ((), 10, 1000, False),
+        ((0.5,), 10, 1000, False),
+        ((0.5, 0.26), 10, 1000, False),
+        ((0.5, 0.24), 10, 1000, True),
+        ((0.5, 0.45, 0.3, 0.2), 10, 1000, True),
+        ((0.19, 0.02), 10, 1000, False),  # a network that has not learned yet calls everything by one name
+        ((0.19, 0.02), 100, 1000, True),
+        ((0.003, 0.001), 1000, 1000, False),  # three images, then one
+        ((0.03, 0.01), 200, 100, False),
+        ((0.3, 0.1), 200, 100, True),
     ],
 )
-def test_catastrophic_overfitting(robust: tuple[float, ...], classes: int, is_over: bool) -> None:
-    assert bool(overfitted([{"validation_robust": own} for own in robust], classes)) == is_over
+def test_catastrophic_overfitting(robust: tuple[float, ...], classes: int, watched: int, is_over: bool) -> None:
+    assert bool(overfitted([{"validation_robust": own} for own in robust], classes, watched)) == is_over
+
+
+def test_chance_alone_is_no_catastrophe() -> None:
+    """Accuracy under PGD of 200 images and 200 classes that stays at 3 % wanders, and must not end a training."""
+    rolls = np.random.default_rng(0).binomial(200, 0.03, (500, 30)) / 200
+    ended = [
+        any(overfitted([{"validation_robust": own} for own in run[: at + 1]], 200, 200) for at in range(30)) for run in rolls
+    ]
+    assert np.mean(ended) < 0.02
 
 
 @pytest.mark.parametrize("norm_name", ["linf", "l2"])
@@ -447,6 +463,9 @@ def test_every_field_decides_about_the_training_and_every_role_is_known() -> Non
     assert {own.role for own in FAMILY.values()} <= set(ROLES) and set(KEEP) == {"last", "best", "good"}
     given = replace(one, roles={"fast_at": Recipe(epochs=2, schedule="cyclic")})
     assert fast_at.part(given, 0).recipe.schedule == "cyclic" and at_es.part(given, 0).recipe == one.recipe
+    steps = replace(one, recipe=replace(one.recipe, lr=0.1, decay_at=(0.5,)))
+    assert fast_at.part(steps, 0).recipe == replace(steps.recipe, schedule="cyclic", decay_at=())
+    assert replace(fast_at, schedule="steps").part(steps, 0).recipe == steps.recipe
 
 
 def test_members_are_networks_of_their_own() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_training import resumed, task
+from test_training import Bench, resumed, task
 from torch import Tensor, nn
 
 from attacks.oracle import Oracle, decide
@@ -30,6 +30,7 @@ from defenses.kernels import (
 from defenses.nets import network
 from defenses.pooling import POOLS, BoxSum, Pool, sheet
 from defenses.smoothing import Smoothed
+from defenses.training import Trained
 
 MEAN, MAX = Pool("average"), Pool("max")
 
@@ -283,7 +284,9 @@ def test_loudness_is_the_spread_of_answers_over_that_of_noise() -> None:
     net = made(Kap(noise=0.1), "cnn1")
     with torch.no_grad():
         answers = net.convolutions()[0](net.normalise(images()))
-    assert loudness(net, images()) == [pytest.approx(float(answers.std()) / 0.1)]
+    channels = [float(answers[:, channel].std()) for channel in range(answers.shape[1])]
+    assert loudness(net, images()) == [pytest.approx(sum(channels) / len(channels) / 0.1, rel=1e-5)]
+    assert len(loudness(made(Kap(noise=0.1), "cnn3"), images())) == 3
 
 
 # The defense
@@ -326,7 +329,7 @@ def test_sheets_that_are_too_small_are_skipped_with_the_reason() -> None:
 def test_continued_training_ends_with_the_same_bits(defense: Kap) -> None:
     one = task((3, 32, 32), "cnn2", 20)
     bench = resumed(defense.part(one, 0), one)
-    assert all(report["validation_signal_to_noise"] > 0 for report in bench.reports)
+    assert all(report[f"validation_signal_to_noise_{layer}"] > 0 for report in bench.reports for layer in (1, 2))
 
 
 def test_noise_and_pool_change_what_is_trained() -> None:
@@ -350,3 +353,35 @@ def test_a_run_of_the_family(tmp_path: Path) -> None:
     assert {record.status for record in records} == {"success"} and len(records) == 10
     clean = {r.defense["variant"]: r.metrics[0].value for r in records if r.eval["name"] == "clean"}
     assert len(clean) == 5 and max(clean.values()) > 0.2
+
+
+@pytest.mark.parametrize(
+    "chosen", [{"dilation": 2}, {"groups": 3}, {"padding_mode": "reflect", "padding": 1}, {"stride": 2, "padding": "valid"}]
+)
+def test_a_convolution_keeps_its_settings(chosen: dict[str, Any]) -> None:
+    plain, x = nn.Conv2d(6, 9, 3, **chosen), torch.rand((2, 6, 11, 11), generator=generator(0, "settings"))
+    assert torch.equal(KernelConv2d(plain, Pool("none"), 0.0)(x), plain(x))
+    if chosen.get("groups", 1) == 1:
+        layer = KernelConv2d(plain, MEAN, 0.0).eval()
+        assert torch.allclose(layer.plain()(x), layer(x), atol=1e-6)
+
+
+def test_grouped_kernels_are_not_pooled() -> None:
+    one = task((3, 64, 64), "torchvision/resnext50_32x4d", 20)
+    assert "resnext50_32x4d: kernels of grouped convolutions see different channels" in kap.unsuited(one)
+    assert nt.unsuited(one) == ""
+
+
+def test_every_convolution_of_a_residual_network_has_a_pool_and_noise() -> None:
+    net = kap.build(task((3, 32, 32), "resnet18", 20))
+    layers = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+    assert len(layers) == 20 and all(type(layer) is KernelConv2d and layer.pool == kap.kernels().pool for layer in layers)
+    assert sum(layer.kernel_size == (1, 1) for layer in layers) == 3  # the shortcuts
+
+
+def test_without_pool_and_noise_training_is_that_of_a_plain_network() -> None:
+    one = task((3, 32, 32), "cnn2", 20)
+    own = nt.part(one, 0)
+    plain = Trained(role=own.role, seed=own.seed, member=own.member, architecture=own.architecture, recipe=own.recipe)
+    ours, theirs = own.make(one, [], Bench()), plain.make(one, [], Bench())
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
