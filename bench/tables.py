@@ -143,7 +143,8 @@ def _caption(records: list[Record]) -> str:
     sentences = [
         f"Suite {name} version {version}, budget {budget} ({size}), {first.task.get('architecture')}",
         "data: " + ", ".join(sorted({record.hashes.get("data", "unknown") for record in records})),
-        "accuracies in percent of all images: one seed with its 95 % interval, or mean ± deviation over seeds (how many)",
+        "accuracies in percent of all images: one seed with its 95 % interval, or mean ± deviation over training seeds"
+        " (how many)",
         "images: " + ", ".join(f"{evaluation} {count}" for evaluation, count in images),
         *captions.of_kind(kind, f"sigma = {sigma:g}, {how}" if sigma else how, records),
     ]
