@@ -57,8 +57,9 @@ _SPECIAL = str.maketrans({
 
 
 def sentence(text: str) -> str:
-    """Escaped text of a paragraph, in which lists without spaces may be broken behind their commas."""
-    return re.sub(r",(?=\S)", r",\\allowbreak{}", escaped(text))
+    """Escaped text of a paragraph, with opening and closing quotes, the two hyphens of an option, and breaks behind commas."""
+    quoted = re.sub(r'"([^"]*)"', r"``\1''", escaped(text.replace("--", "\0"))).replace("\0", "-{}-")
+    return re.sub(r",(?=\S)", r",\\allowbreak{}", quoted)
 
 
 def floats(title: str, caption: str, heads: Sequence[str], groups: Sequence[Sequence[Line]], labels: int) -> str:

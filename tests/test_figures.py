@@ -212,7 +212,7 @@ def test_a_line_through_variants_lies_at_their_places(make: Make, tmp_path: Path
     records = [pgd(label, {0.02: 0.9, 0.1: value}) for label, value in (("naive@members=5", 0.5), ("naive", 0.3))]
     drawn = draw(make(panel), tmp_path, *records)
     assert drawn_lines(drawn.page.axes[0]) == {"k": ([3.0, 5.0], [30.0, 50.0])}
-    assert drawn.page.axes[0].get_title() == "p\nin part: k" and "--defense naive@members=1 " in drawn.words
+    assert drawn.page.axes[0].get_title() == "p\npoints missing: k" and "--defense naive@members=1 " in drawn.words
     assert [tick.get_text() for tick in drawn.page.axes[0].get_xticklabels()] == ["1", "3", "5"]  # the hole's place, too
     assert drawn.page.axes[0].get_xlim()[0] < 1 and drawn.page.axes[0].get_xlim()[1] > 5
     with pytest.raises(FigureError, match="pgd has several numbers for a place; select must say which"):

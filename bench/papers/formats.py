@@ -99,7 +99,8 @@ def _latex(table: PaperTable) -> str:
         ]
         told = f" ({words.shown(table.layout, names[0], first, alone=False)})" if several else ""
         parts.append(latex.floats(table.layout.title + told, words.caption(table), heads, groups, len(names) + 1 - several))
-    lines = [r"\begingroup\scriptsize\raggedright"]
+    # Behind the floats, which would drift behind it.
+    lines = [r"\clearpage\begingroup\scriptsize\raggedright"]
     for title, items in words.lists(table):
         lines += [rf"\par\smallskip {latex.escaped(title)}", r"\begin{itemize}"]
         lines += [*(rf"\item {{}}{latex.sentence(item)}" for item in items), r"\end{itemize}"]

@@ -7,9 +7,12 @@ from collections.abc import Hashable
 from typing import Any
 
 from bench import published
+from bench.columns import certificate
+from bench.diagnose import STATUSES
 from bench.papers.cells import Cell
 from bench.papers.join import Label, PaperTable, suite
 from bench.papers.layout import Layout
+from bench.store import Record
 from bench.wanted import commands
 
 WORDS: dict[str, dict[str, str]] = {
@@ -183,7 +186,7 @@ def _suite(table: PaperTable, name: str) -> str:
     now, full = suite(name, table.budget), suite(name, "paper")
     cells = [cell for cell in table.cells.values() if cell.suite == name]
     data = sorted({record.hashes.get("data", "unknown data") for cell in cells for record in cell.records})
-    sizes = sorted({(record.eval["name"], record.eval["fields"]["images"]) for cell in cells for record in cell.records})
+    sizes = sorted({_asked(record) for cell in cells for record in cell.records})
     size = "published size" if table.budget == "paper" else "reduced budget"
     reduced = []
     for words, here, there in (
@@ -195,7 +198,13 @@ def _suite(table: PaperTable, name: str) -> str:
     text = f"suite {name} version {now.version}, budget {table.budget} ({size}): {', '.join(reduced)}"
     if not sizes:
         return f"{text}; no records"
-    return f"{text}; data: {', '.join(data)}; images: {', '.join(f'{evaluation} {count}' for evaluation, count in sizes)}"
+    return f"{text}; data: {', '.join(data)}; images: {', '.join(sizes)}"
+
+
+def _asked(record: Record) -> str:
+    """An evaluation, its number of images, and how it certifies."""
+    how = certificate(record)
+    return f"{record.eval['name']} {record.eval['fields']['images']}" + (f" ({how})" if how else "")
 
 
 def _statuses(cells: list[Cell]) -> list[str]:
@@ -203,7 +212,9 @@ def _statuses(cells: list[Cell]) -> list[str]:
     whose: dict[tuple[str, str], list[str]] = {}
     for cell in cells:
         whose.setdefault((cell.status, cell.suite), []).append(cell.label)
-    return [f"{status} in {name}: {', '.join(dict.fromkeys(labels))}" for (status, name), labels in sorted(whose.items())]
+    told = [f"{status} in {name}: {', '.join(dict.fromkeys(labels))}" for (status, name), labels in sorted(whose.items())]
+    used = {status for status, _ in whose}
+    return [*told, *(f"{status}: {meaning}" for status, meaning in STATUSES.items() if status in used)]
 
 
 def _commands(table: PaperTable) -> list[str]:

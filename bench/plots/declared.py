@@ -118,7 +118,7 @@ def _gaps(one: Filled) -> list[str]:
     """Which lines are missing, for below the title of a panel."""
     if len(one.empty) == len(one.found):
         return ["no record yet" if not one.records else one.holes[0].reason]
-    told = {"missing": one.empty, "in part": one.partly}
+    told = {"missing": one.empty, "points missing": one.partly}
     names = {word: ", ".join(some) if len(some) <= NAMED else f"{len(some)} of {len(one.found)}" for word, some in told.items()}
     return [broken(f"{word}: {text}", int(LETTERS * SIZE[0])) for word, text in names.items() if text]
 

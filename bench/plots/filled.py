@@ -13,6 +13,8 @@ from bench.plots.style import INTERVALS, sources, suites
 from bench.store import Record
 from bench.wanted import Hole, Shelf, commands
 
+BANDS = "bands: 95 % intervals over images"
+
 ROWS = ("kernels", "kernel_changes", "layer_changes")
 """Panels that are drawn from rows, which a store may lack."""
 
@@ -83,7 +85,10 @@ def facts(filled: Sequence[Filled]) -> list[str]:
     """What was measured on what, a sentence a suite, of everything that is shown."""
     records = sorted((record for one in filled for record in one.records), key=_suite)
     told = [_fact(list(group)) for _, group in groupby(records, key=_suite)]
-    return [*told, INTERVALS] if told and any(isinstance(one.panel, Curves) for one in filled) else told
+    shown = {one.panel.kind for one in filled if one.records}
+    if "curves" in shown:
+        return [*told, INTERVALS]
+    return [*told, BANDS] if shown & {"margin", "acr", "samples"} else told
 
 
 def _suite(record: Record) -> str:
@@ -92,11 +97,18 @@ def _suite(record: Record) -> str:
 
 def _fact(records: list[Record]) -> str:
     """What was measured on what, of the records of one suite."""
-    networks = ", ".join(sorted({str(record.task.get("architecture")) for record in records}))
+    networks = ", ".join(sorted({_network(record) for record in records}))
     counts = sorted({r.eval["fields"].get("images", 0) for r in records if r.eval["fields"].get("kind") != "kernels"})
     images = f"{'/'.join(map(str, counts))} images of " if counts else ""
     ways = sorted({way for record in records if (way := _way(record))})
-    return "; ".join([f"{suites(records)}: {networks}, {images}{sources(records)}", *ways])
+    seeds = len({record.seed for record in records})
+    trained = f", {seeds} training seeds" if seeds > 1 else ""
+    return "; ".join([f"{suites(records)}: {networks}{trained}, {images}{sources(records)}", *ways])
+
+
+def _network(record: Record) -> str:
+    """The defense's own architecture, else the suite's."""
+    return str(record.defense["fields"].get("architecture") or record.task.get("architecture"))
 
 
 def _way(record: Record) -> str:

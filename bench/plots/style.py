@@ -114,7 +114,7 @@ def page(count: int, columns: int, size: tuple[float, float]) -> tuple[Figure, l
     return figure, panels[:count]
 
 
-INTERVALS = "bands and bars: 95 % intervals; of several seeds mean and deviation"
+INTERVALS = "bands and bars: 95 % intervals over images; of several trainings the mean and one standard deviation"
 
 SMALL: dict[str, Any] = {"fontsize": 6, "color": "#444444"}
 

@@ -180,16 +180,15 @@ def _mean(numbers: list[Metric | None]) -> float:
 
 
 def facts(group: list[Record]) -> str:
-    """Norm and budget, and how many images count; of several seeds on a line of its own."""
+    """Norm and budget, and how many images count."""
     norm = {"linf": r"\ell_\infty", "l2": r"\ell_2"}[group[0].eval["fields"]["norm"]]
-    between = "\n" if len(group) > 1 else " "
-    return f"${norm}$, {counted(group, between)}"
+    return f"${norm}$, {counted(group)}"
 
 
-def counted(group: list[Record], between: str = " ") -> str:
-    """The budget, and how many images count."""
+def counted(group: list[Record]) -> str:
+    """The budget, and how many images count; of several seeds on a line of its own."""
     counts = sorted({metric.n for record in group for metric in matrix_of(record).values()}) or [0]
     images = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
-    seeds = f", mean of {len(group)} seeds" if len(group) > 1 else ""
+    between = f", mean of {len(group)} seeds\n" if len(group) > 1 else "; "
     of = group[0].eval["fields"]["images"]
-    return f"$\\epsilon$ = {middle(group[0]):.4g};{between}{images} of {of} images{seeds}"
+    return f"$\\epsilon$ = {middle(group[0]):.4g}{between}{images} of {of} images"
