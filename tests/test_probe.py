@@ -356,6 +356,13 @@ def made(first: int = 12, **changes: Any) -> dict[str, list[int]]:
     return {finding.kind: finding.evidence["images"] for finding in told}
 
 
+@pytest.mark.parametrize(("margin", "first", "told"), [(-3.5, 20, True), (-3.5, 19, False), (-2.9, 40, False)])
+def test_gradients_must_beat_the_best_random_direction_in_most_images(margin: float, first: int, told: bool) -> None:
+    """-3.5 is better than most random directions, not than the best. Of honest networks a third may do so: TRADES on MNIST."""
+    wanted = {"gradient_no_better_than_random": list(range(500, 520))} if told else {}
+    assert made(first, margin_gradient=margin) == wanted
+
+
 TWELVE = list(range(500, 512))
 
 
@@ -367,7 +374,6 @@ TWELVE = list(range(500, 512))
         ({"ce_slope": 0.0}, ["saturated_loss"]),
         ({"gradients": "1000"}, ["zero_gradients"]),
         ({"gradients": "1vv-"}, []),  # short is not zero: the numbers tell it
-        ({"margin_gradient": -3.5}, ["gradient_no_better_than_random"]),  # better than most random ones, not than the best
         ({"stands_unbounded": True}, ["unbounded_stands"]),
         ({"stands_12_1": False, "stands_12_3": False}, ["not_converged"]),
         ({"stands_12_3": False}, ["not_converged"]),

@@ -14,9 +14,10 @@ from bench.evals.api import mean_of, share
 from bench.store import Finding, Metric
 from bench.verdicts import MASKED, NAMED
 
-BEATS = 0.8
-"""Share of images in which a full step along the gradient must raise the margin more than every random direction does. Trained
-networks, hardened or not, reach 1.0 (MNIST, Fashion-MNIST, CIFAR-10, eps up to 0.3), a random gradient 1 / (directions + 1)."""
+BEATS = 0.5
+"""A full step along the gradient must raise the margin more than every random direction does, in more than this share of the
+images. Trained networks reach 1.0 (MNIST, Fashion-MNIST, CIFAR-10, eps up to 0.3), but MNIST networks trained adversarially at
+0.3, whose logits hardly change within the ball, 0.66 (TRADES) and 0.78 (AT); a random gradient reaches 1 / (directions + 1)."""
 
 KEPT = 0.5
 """Share of its promise that a short step along the gradient must keep in half of the images. Trained networks keep 0.7 to 1
@@ -161,7 +162,7 @@ def _pointless(right: pd.DataFrame, directions: int) -> Iterator[Finding]:
     if sloping.empty:
         return
     beaten, broken = sloping[~_beats(sloping)], sloping[~_keeps(sloping)]
-    if len(beaten) > (1 - BEATS) * len(sloping):
+    if len(beaten) >= (1 - BEATS) * len(sloping):
         detail = (
             f"in {len(beaten)} of {len(sloping)} images the best of {directions} random directions raises the margin as much "
             f"as a step along its gradient; means: {sloping.margin_clean.mean():.3g} at the images, "
