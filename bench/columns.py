@@ -19,7 +19,8 @@ def certificate(record: Record) -> str:
 def crafted(record: Record) -> str:
     """How the images of a transfer record were made, in words."""
     fields = record.eval["fields"]
-    given = [f"{name} {fields[name]}" for name in _SETTINGS if fields.get(name) not in (None, [], "native")]
+    words = {"proposals": "Square's proposals"} if fields["attack"] == "autoattack" else {}
+    given = [f"{words.get(name, name)} {fields[name]}" for name in _SETTINGS if fields.get(name) not in (None, [], "native")]
     stops = {True: ["every search ends when its source is wrong"], False: ["all steps taken, also when the source is wrong"]}
     return ", ".join([fields["attack"], fields["norm"], *given, *stops.get(fields.get("early_stop"), [])])
 
