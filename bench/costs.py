@@ -204,5 +204,5 @@ def _seconds(record: Record) -> float:
 def _question(record: Record) -> str:
     """What tells questions of equal cost an image: the evaluation but for its images, data, network, and members."""
     asked = {name: value for name, value in record.eval["fields"].items() if name != "images"}
-    who = (record.task.get("dataset"), record.task.get("architecture"), record.members)
+    who = (record.task.get("dataset"), record.architecture, record.members)
     return repr((sorted(asked.items(), key=str), who))

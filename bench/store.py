@@ -88,6 +88,11 @@ class Record(Strict):
         return self
 
     @property
+    def architecture(self) -> str:
+        """The network: the defense's own, or else the suite's."""
+        return str(self.defense.get("fields", {}).get("architecture") or self.task.get("architecture"))
+
+    @property
     def members(self) -> int:
         """Networks of the ensemble, 1 for a single one: as many as the defense names, or else so many of the suite's."""
         fields = self.defense.get("fields", {})

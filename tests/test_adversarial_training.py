@@ -465,7 +465,7 @@ def test_every_field_decides_about_the_training_and_every_role_is_known() -> Non
     assert fast_at.part(given, 0).recipe.schedule == "cyclic" and at_es.part(given, 0).recipe == one.recipe
     steps = replace(one, recipe=replace(one.recipe, lr=0.1, decay_at=(0.5,)))
     assert fast_at.part(steps, 0).recipe == replace(steps.recipe, schedule="cyclic", decay_at=())
-    assert replace(fast_at, schedule="steps").part(steps, 0).recipe == steps.recipe
+    assert fast_at.part(replace(steps, roles={"fast_at": steps.recipe}), 0).recipe == steps.recipe
 
 
 def test_members_are_networks_of_their_own() -> None:

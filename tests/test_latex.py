@@ -21,6 +21,10 @@ from bench.tables import render_all, summaries
 
 RESULTS = Path(__file__).parents[1] / "leaderboards/results"
 
+needs_tex = pytest.mark.skipif(
+    shutil.which("pdflatex") is None, reason="pdflatex is not installed; on Debian: texlive-latex-recommended"
+)
+
 WORDS = st.text("abcXYZ0123456789.-_%&", min_size=1, max_size=14)
 
 
@@ -79,13 +83,13 @@ def test_long_texts_and_headings_are_broken_but_not_styled_cells() -> None:
     assert [line[1] for line in narrow] == ["one", "two", "three", "4"]
 
 
-@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed; on Debian: texlive-latex-recommended")
+@needs_tex
 @pytest.mark.parametrize("suite", ["mnist", "smd_cifar10", "smd_fashion_mnist"])
 def test_summaries_compile_within_the_page(suite: str, tmp_path: Path) -> None:
     compiles(render_all(summaries(Store(RESULTS), suite), "latex"), tmp_path)
 
 
-@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed; on Debian: texlive-latex-recommended")
+@needs_tex
 @pytest.mark.parametrize("name", ["cear_table1", "edlcm_table2", "kap_table3", "smd_table1"])
 def test_tables_of_papers_compile_within_the_page(name: str, tmp_path: Path) -> None:
     compiles(render(join(load(name), Store(RESULTS)), "latex"), tmp_path)

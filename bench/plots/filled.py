@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from bench.columns import certificate, crafted
-from bench.figures import Curves, Figure, View
+from bench.figures import VIEWS, Curves, Figure, View
 from bench.plots.panels import values
-from bench.plots.style import INTERVALS, sources, suites
+from bench.plots.style import INTERVALS, OVER_IMAGES, sources, suites
 from bench.store import Record
 from bench.wanted import Hole, Shelf, commands
-
-BANDS = "bands: 95 % intervals over images"
 
 ROWS = ("kernels", "kernel_changes", "layer_changes")
 """Panels that are drawn from rows, which a store may lack."""
@@ -88,7 +86,7 @@ def facts(filled: Sequence[Filled]) -> list[str]:
     shown = {one.panel.kind for one in filled if one.records}
     if "curves" in shown:
         return [*told, INTERVALS]
-    return [*told, BANDS] if shown & {"margin", "acr", "samples"} else told
+    return [*told, OVER_IMAGES] if any(VIEWS[kind] == "variance" for kind in shown) else told
 
 
 def _suite(record: Record) -> str:
@@ -97,18 +95,13 @@ def _suite(record: Record) -> str:
 
 def _fact(records: list[Record]) -> str:
     """What was measured on what, of the records of one suite."""
-    networks = ", ".join(sorted({_network(record) for record in records}))
+    networks = ", ".join(sorted({record.architecture for record in records}))
     counts = sorted({r.eval["fields"].get("images", 0) for r in records if r.eval["fields"].get("kind") != "kernels"})
     images = f"{'/'.join(map(str, counts))} images of " if counts else ""
     ways = sorted({way for record in records if (way := _way(record))})
     seeds = len({record.seed for record in records})
     trained = f", {seeds} training seeds" if seeds > 1 else ""
     return "; ".join([f"{suites(records)}: {networks}{trained}, {images}{sources(records)}", *ways])
-
-
-def _network(record: Record) -> str:
-    """The defense's own architecture, else the suite's."""
-    return str(record.defense["fields"].get("architecture") or record.task.get("architecture"))
 
 
 def _way(record: Record) -> str:

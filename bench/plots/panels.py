@@ -47,7 +47,7 @@ def curves(axes: Axes, panel: Curves, suite: str, found: Mapping[str, Shown], lo
     elif panel.x:
         axes.set_xlim(left=0)
     else:
-        places = sorted({place for own in panel.lines for place in own.specs("") if place is not None})
+        places = sorted({place for shown in found.values() for place in shown if place is not None})
         margin = 0.08 * (places[-1] - places[0]) or 0.5
         axes.set_xticks(places, [f"{place:g}" for place in places])
         axes.set_xlim(places[0] - margin, places[-1] + margin)

@@ -114,6 +114,8 @@ def page(count: int, columns: int, size: tuple[float, float]) -> tuple[Figure, l
     return figure, panels[:count]
 
 
+OVER_IMAGES = "bands: 95 % intervals over images"
+
 INTERVALS = "bands and bars: 95 % intervals over images; of several trainings the mean and one standard deviation"
 
 SMALL: dict[str, Any] = {"fontsize": 6, "color": "#444444"}
