@@ -183,17 +183,29 @@ def test_budgets_never_mix_and_the_largest_with_records_is_shown(tmp_path: Path)
     assert join(load("smd_table1"), store, "smoke").filled == 0
 
 
-def test_a_data_set_is_answered_by_one_suite_the_papers_first(tmp_path: Path) -> None:
+def test_a_block_of_a_data_set_is_answered_by_one_suite_the_papers_first(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.write(certified("cear_rw", {0.0: 0.9}, 0.25, "mnist"))
     table = join(load("cear_table1"), store)
     assert cell(table, dataset="mnist", defense="cear_rw", sigma=0.25, radius=0.0).value == pytest.approx(90)
-    assert "suite mnist version 1" in render(table) and "suite cear_mnist" not in render(table)
+    assert "suite mnist version 1" in render(table) and {own.suite for own in table.cells.values() if own.filled} == {"mnist"}
     store.write(certified("cear_gm", {0.0: 0.8}, 0.25, "cear_mnist"))
     table = join(load("cear_table1"), store)
     assert cell(table, dataset="mnist", defense="cear_gm", sigma=0.25, radius=0.0).value == pytest.approx(80)
     assert not cell(table, dataset="mnist", defense="cear_rw", sigma=0.25, radius=0.0).filled
     assert "suite mnist version 1" not in render(table)
+    store.write(certified("cear_rw@sigma=0.5", {0.0: 0.7}, 0.5, "mnist"))
+    store.write(certified("cear_rw@sigma=1.0", {0.0: 0.6}, 1.0, "mnist"))
+    store.write(certified("cear_gm@sigma=1.0", {0.0: 0.5}, 1.0, "cear_mnist_20"))
+    table = join(load("cear_table1"), store)
+    by = {sigma: {own.suite for own in table.cells.values() if own.row["sigma"] == sigma} for sigma in (0.25, 0.5, 1.0)}
+    assert by == {
+        0.25: {"cear_mnist", "cear_cifar10"},
+        0.5: {"mnist", "cear_cifar10"},
+        1.0: {"cear_mnist_20", "cear_cifar10"},
+    }
+    assert cell(table, dataset="mnist", defense="cear_rw", sigma=0.5, radius=0.0).value == pytest.approx(70)
+    assert not cell(table, dataset="mnist", defense="cear_rw", sigma=1.0, radius=0.0).filled
 
 
 def test_the_caption_says_what_the_images_are(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Joins a layout, the published numbers and stored records: one budget, one suite a data set, holes where nothing is."""
+"""Joins a layout, the published numbers and stored records: one budget, one suite a block of cells, holes where nothing is."""
 
 from __future__ import annotations
 
@@ -152,12 +152,13 @@ def _chosen(layout: Layout, shelf: Shelf, budget: str | None) -> PaperTable:
 
 def _at(layout: Layout, shelf: Shelf, budget: str) -> PaperTable:
     left_out: list[str] = []
-    chosen = {
-        data: _suite(layout, shelf, budget, [row for row in layout.cells if row["dataset"] == data]) for data in layout.suites
-    }
+    blocks: dict[Label, list[dict[str, Any]]] = {}
+    for row in layout.cells:
+        blocks.setdefault(_block(layout, row), []).append(row)
+    chosen = {block: _suite(layout, shelf, budget, rows) for block, rows in blocks.items()}
     cells: dict[Where, Cell] = {}
     for row in layout.cells:
-        cell = _cell(layout, chosen[row["dataset"]], budget, row)
+        cell = _cell(layout, chosen[_block(layout, row)], budget, row)
         key = _key(cell)
         records, notes = shelf.answering(key)
         left_out += notes
@@ -168,9 +169,14 @@ def _at(layout: Layout, shelf: Shelf, budget: str) -> PaperTable:
     return PaperTable(layout, budget, cells, tuple(dict.fromkeys(left_out)))
 
 
+def _block(layout: Layout, row: Mapping[str, Any]) -> Label:
+    """The cells that are compared: of a data set, and alike in the columns of the layout's ``block``."""
+    return row["dataset"], *(row[name] for name in layout.block)
+
+
 def _suite(layout: Layout, shelf: Shelf, budget: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The first suite with a record for a data set's cells, else the paper's protocol."""
-    names = layout.suites[rows[0]["dataset"]] if rows else ("",)
+    """The first suite with a record for any cell of a block, else the paper's protocol."""
+    names = layout.suites[rows[0]["dataset"]]
     for name in names:
         if any(shelf.answering(_key(_cell(layout, name, budget, row)))[0] for row in rows):
             return name
@@ -203,6 +209,6 @@ def _reviewed(table: PaperTable, store: Store, shelf: Shelf) -> PaperTable:
     groups: dict[Label, dict[Where, Cell]] = {}
     for where, cell in cells.items():
         asked = (cell.suite, cell.answer.eval, cell.answer.metric, *sorted(facts(cell.answer.facts, cell.row).items()))
-        groups.setdefault((*(cell.row[name] for name in table.layout.block), *asked), {})[where] = cell
+        groups.setdefault((*_block(table.layout, cell.row), *asked), {})[where] = cell
     best = marked(store, list(groups.values()))
     return replace(table, cells={where: best[where] for where in cells})
