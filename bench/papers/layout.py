@@ -105,8 +105,8 @@ class Layout(Strict):
         published: stem of the file of published numbers.
         title, caption: what it is; a stranger understands them.
         rows, columns: columns of the published numbers that lay out the table.
-        block: columns that cells of a data set must share, besides the question to our records, for the best of them to be looked
-            for; those that share them are answered by the same suite.
+        block: columns that cells of a data set must share, besides the question to our records, for the best of them to be
+            looked for; those that share them are answered by the same suite.
         deviation: whether the published numbers are deviations over training seeds.
         where: which of the published numbers it shows; all unless given.
         suites: data set -> the suite of the paper's protocol, and others that may answer where it has no records.
