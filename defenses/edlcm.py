@@ -21,6 +21,7 @@ from defenses.api import Classifier, Task
 from defenses.ensemble import Ensemble
 from defenses.joint import SummedLoss, TrainedTogether, cross_entropies, input_gradients, pair_cosines
 from defenses.nets import Network, Normalise
+from defenses.plain_nets import MaxPool2x2
 from defenses.training import Batch, evaluating
 
 Score = Callable[[Tensor], Tensor]
@@ -112,7 +113,7 @@ def odds_against(logits: Tensor, y: Tensor) -> Tensor:
 
 
 MODELESS = (
-    *(nn.Conv2d, nn.Linear, nn.ReLU, nn.LeakyReLU, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Flatten),
+    *(nn.Conv2d, nn.Linear, nn.ReLU, nn.LeakyReLU, nn.MaxPool2d, MaxPool2x2, nn.AdaptiveAvgPool2d, nn.Flatten),
     *(nn.Sequential, Normalise, Network),
 )
 """Layers that are the same functions in train and in eval mode."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from defenses.api import Classifier
 from defenses.nets import BasicBlock, Network
+from defenses.plain_nets import MaxPool2x2
 
 Seen = Tensor | Sequence[Tensor]
 """Images (n c h w) that all members see, or one such batch for each: a sequence of m, or a tensor (m n c h w)."""
@@ -210,6 +211,7 @@ LAYERS: dict[type[nn.Module], Callable[[Sequence[Any], Tensor], Tensor]] = {
     nn.ReLU: _each_number,
     nn.LeakyReLU: _each_number,
     nn.MaxPool2d: _each_number,
+    MaxPool2x2: _each_number,
     nn.AdaptiveAvgPool2d: _each_number,
     nn.Flatten: _flatten,
     nn.Linear: _linear,

@@ -7,6 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torchvision.ops import StochasticDepth
 
@@ -14,6 +17,7 @@ from attacks.streams import generator
 from bench import environment
 from defenses.api import Images, Recipe, Task
 from defenses.nets import ARCHITECTURES, initialise, network
+from defenses.plain_nets import MaxPool2x2
 from defenses.training import Trained, _dropout_from
 
 PARAMETERS = {
@@ -226,3 +230,27 @@ def test_initialise_reaches_every_weight() -> None:
         initialise(net, generator(0))
         left = [key for key, p in net.named_parameters() if p.ndim > 1 and (p == 7).any()]
         assert not left
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 3), st.integers(1, 3), st.integers(2, 9), st.integers(2, 9), st.integers(0, 2**31))
+def test_maxima_of_2x2_are_torchs(n: int, channels: int, height: int, width: int, seed: int) -> None:
+    x = torch.randint(-2, 3, (n, channels, height, width), generator=generator(seed)).float()  # ties within most windows
+    x = torch.where(x == 2, torch.inf, torch.where(x == -2, -torch.inf, x))
+    if n == 3:
+        x[0, 0, 0, 0] = torch.nan
+    wanted = F.max_pool2d(x, 2)
+    for given_x in (x, x.to(memory_format=torch.channels_last)):
+        assert torch.equal(MaxPool2x2()(given_x).nan_to_num(7), wanted.nan_to_num(7))
+
+
+def test_gradients_through_maxima_of_2x2_are_torchs_and_nothing_of_torchs_runs_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randint(0, 3, (4, 3, 7, 8), generator=generator(0)).float().requires_grad_()
+    (wanted,) = torch.autograd.grad(F.max_pool2d(x, 2).square().sum(), x)
+    (got,) = torch.autograd.grad(MaxPool2x2()(x).square().sum(), x)
+    assert torch.equal(got, wanted)
+    monkeypatch.setattr(F, "max_pool2d", None)
+    with pytest.raises(TypeError):
+        MaxPool2x2()(x)
+    with torch.no_grad():
+        assert MaxPool2x2()(x).shape == MaxPool2x2()(x.detach()).shape == (4, 3, 3, 4)
