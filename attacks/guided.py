@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from attacks.apgd import Apgd
 from attacks.api import Around, Attack, Search
 from attacks.gradient import Pgd
+from attacks.input_diversity import DiverseMim
 from attacks.losses import Loss
 from attacks.oracle import Model, Oracle
 from attacks.streams import Streams
@@ -37,12 +38,13 @@ class Guided(Around):
     """``inner`` with the gradients of another model.
 
     Attributes:
-        inner: gradient attack of our own; its loss is that of the guide's scores.
+        inner: gradient attack of our own; its loss is that of the guide's scores. Input diversity looks at the guide alone, as
+            transfer attacks do: its last point is judged by the model.
         guide: images (n c h w) -> scores (n k) or (m n k).
         draws: noise draws per gradient, where the guide draws noise.
     """
 
-    inner: Pgd | Apgd
+    inner: Pgd | Apgd | DiverseMim
     guide: Model
     draws: int = 20
 

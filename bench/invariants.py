@@ -116,8 +116,8 @@ def _hidden(name: str, rows: pd.DataFrame) -> Iterator[Finding]:
         later = part[part.clean_correct & ~part.broken_by.isin(["", *KNOWN])]
         if len(later) > GAP * len(part) and beyond_chance(len(later), 0):
             detail = (
-                f"{name}: {len(later)} of {len(part)} images at eps {eps:g} stood after APGD on the model and fell to attacks "
-                "that know the defense or need no gradient"
+                f"{name}: {len(later)} of {len(part)} images at eps {eps:g} stood after APGD and PGD on the model and fell to "
+                "attacks that know the defense or need no gradient of it"
             )
             yield finding("adaptive_much_stronger", detail, [name], later.id, eps=eps, n=len(part))
 

@@ -27,8 +27,9 @@ BLACK_BOX = ("square",)
 ENSEMBLE = "ensemble"
 """The whole, as a source and as a target of transfer; members go by their number, from 0."""
 
-KNOWN = ("apgd_ce", "apgd_t")
-"""The attacks of the adaptive evaluation that every harness runs; what falls only later fell to knowledge of the defense."""
+KNOWN = ("apgd_ce", "apgd_t", "pgd", "pgd: margin")
+"""The attacks of the adaptive evaluation that climb the model as it is; what falls only later fell to knowledge of the defense,
+or to a search without its gradients."""
 
 MASKED = 0.01
 """Share of zero gradients above which gradients are called masked (methods 12.1)."""
@@ -125,7 +126,7 @@ def _adaptive(record: Record, rows: pd.DataFrame) -> Iterator[Judged]:
     norm = record.eval["fields"]["norm"]
     for words, role, by in (
         ("the adaptive attacks", "adaptive", rows.broken_by != ""),
-        ("APGD on the model", "iterated", rows.broken_by.isin(KNOWN)),
+        ("APGD and PGD on the model", "iterated", rows.broken_by.isin(KNOWN)),
     ):
         at = {eps: _series(part, part.clean_correct & ~by[part.index]) for eps, part in _by_eps(rows)}
         yield Judged(record, words, role, norm, 0.0, at, {})

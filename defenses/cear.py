@@ -24,12 +24,13 @@ from torch import Tensor
 from attacks.guided import View
 from attacks.streams import Streams, generator
 from defenses.api import Classifier, Defense, Images, Part, Parts, Task, Weights, Workshop
-from defenses.combine import GeometricMedian, Weighted
+from defenses.combine import GeometricMedian, Mean, Weighted
 from defenses.ensemble import Ensemble
+from defenses.median import unrolled_median
 from defenses.nets import Network, network
 from defenses.smoothing import certify
 from defenses.training import Batch, Trained
-from defenses.views import views
+from defenses.views import through_members, views
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,12 @@ class Cear(Defense):
         return Ensemble([network(task) for _ in range(self.members)], rule).to(task.device).eval()
 
     def views(self, model: Classifier, task: Task) -> dict[str, View]:
-        return views(model)
+        """Of a geometric median also what its frozen weights hide: its iteration, and the mean in its place (methods 12.2)."""
+        found, own = views(model), cast(Ensemble, model)
+        if self.aggregate == "gm":
+            found["unrolled median"] = View(through_members(own, _unrolled), {"ce": "ce", "margin": "margin"})
+            found["mean"] = View(through_members(own, Mean()), {"ce": "ce", "margin": "margin"})
+        return found
 
     def fit(self, model: Classifier, task: Task, parts: Parts, seed: int) -> None:
         students = [self.student(task, seed, member) for member in range(self.members)]
@@ -172,6 +178,11 @@ class Cear(Defense):
             return {}
         weights = cast(Weighted, cast(Ensemble, model).rule).weights
         return {"largest_weight_deviation": float((weights - 1 / len(weights)).abs().max())}
+
+
+def _unrolled(logits: Tensor) -> Tensor:
+    """Log of the median (n k) of the members' probabilities, logits (m n k), with gradients through its iteration."""
+    return unrolled_median(logits.double().softmax(-1)).clamp_min(torch.finfo(torch.float64).tiny).log().to(logits)
 
 
 def robust_weights(accuracy: Tensor) -> Tensor:

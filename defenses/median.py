@@ -34,6 +34,20 @@ def median_weights(points: Tensor, tolerance: float = 1e-7, iterations: int = 20
     return weights
 
 
+def unrolled_median(points: Tensor, steps: int = 20) -> Tensor:
+    """About the geometric median (n k) of ``points`` (m n k), in float64: so many steps of Weiszfeld's method from their mean.
+
+    Gradients flow through every step, and so through the weights. Distances are rounded up by 1e-6, so that a step that lands
+    on a point has a gradient.
+    """
+    points = points.double()
+    median = points.mean(0)
+    for _ in range(steps):
+        inverse = ((points - median).square().sum(-1, keepdim=True) + 1e-12).rsqrt()
+        median = (inverse * points).sum(0) / inverse.sum(0)
+    return median
+
+
 _COINCIDE = 1e-12
 
 

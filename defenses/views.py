@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,17 +28,35 @@ def views(model: Classifier, temperatures: tuple[float, ...] = COOLER) -> dict[s
     Of any: its logits divided by each temperature, and a copy without kinks. Of an ensemble also its members' own losses, the
     margins of the half that is closest to falling, and the mean of their logits.
     """
-    found = {f"logits/{t:g}": View(_divided(model, t), {"ce": "ce"}) for t in temperatures}
+    found = {f"logits/{t:g}": View(Through(model, partial(_divided, model, t)), {"ce": "ce"}) for t in temperatures}
     found["smooth"] = View(smooth(model), {"margin": "margin"})
     if isinstance(model, Ensemble):
         losses: dict[str, str | Loss] = {"ce": "ce", "margin": "margin", "half": half_margin}
-        found["members"] = View(model.member_logits, losses)
-        found["mean logits"] = View(lambda x: model.member_logits(x).mean(0), {"margin": "margin"})
+        found["members"] = View(Through(model, model.member_logits), losses)
+        found["mean logits"] = View(through_members(model, lambda logits: logits.mean(0)), {"margin": "margin"})
     return found
 
 
-def _divided(model: Model, temperature: float) -> Model:
-    return lambda x: model(x) / temperature
+class Through(Classifier):
+    """What an attacker makes of a classifier's answers. Noise that it draws is drawn here, too."""
+
+    def __init__(self, model: Classifier, scores: Model) -> None:
+        super().__init__()
+        self.model, self.scores, self.randomized = model, scores, model.randomized
+        self.train(model.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scores(x)
+
+
+def through_members(model: Ensemble, rule: Callable[[Tensor], Tensor]) -> Through:
+    """An ensemble whose members' logits (m n k) are put together by another rule."""
+    return Through(model, lambda x: rule(model.member_logits(x)))
+
+
+def _divided(model: Classifier, temperature: float, x: Tensor) -> Tensor:
+    scores: Tensor = model(x) / temperature
+    return scores
 
 
 def smooth(model: Classifier, sharpness: float = 10.0) -> Classifier:

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attacks import Apgd, Pgd, Square, Streams
+from attacks import Apgd, ApgdT, DiverseMim, Eot, Pgd, Square, Streams
 from attacks.guided import ApgdAfter, Guided, View
 from attacks.losses import half_margin
-from attacks.streams import generator
+from attacks.streams import drawing, generator
 from bench.evals import Adaptive, Subject
 from bench.request import Request
 from bench.runner import Run
@@ -160,13 +160,13 @@ EVALUATION = Adaptive(images=12, norm="linf", eps=(0.1,), steps=10, pgd_steps=10
 
 
 def measured(
-    model: Classifier, found: Mapping[str, View] | None, evaluation: Adaptive = EVALUATION
+    model: Classifier, found: Mapping[str, View] | None, evaluation: Adaptive = EVALUATION, **others: Classifier
 ) -> tuple[pd.DataFrame, Any]:
     x, y, _ = images()
     stored = Images((x * 255).round().to(torch.uint8), y, torch.arange(len(y)), "made")
-    subject = Subject(model.eval(), None, 0, views=lambda: found)
-    (rows,) = EVALUATION.measure([subject], stored, EVALUATION.pieces(subject)[0])
-    return rows, EVALUATION.summarise(rows, subject)
+    subject = Subject(model.eval(), None, 0, views=lambda: found, other=others.__getitem__)
+    (rows,) = evaluation.measure([subject], stored, evaluation.pieces(subject)[0])
+    return rows, evaluation.summarise(rows, subject)
 
 
 def test_a_mask_is_named_with_the_view_that_broke_it() -> None:
@@ -187,7 +187,70 @@ def test_a_mask_is_named_with_the_view_that_broke_it() -> None:
 def test_an_open_model_gets_no_finding() -> None:
     rows, outcome = measured(Linear(), {})
     assert outcome.findings == [] and set(rows.broken_by) <= {"apgd_ce", "apgd_t", ""}
-    assert rows.tried.iloc[0].split("\n") == ["apgd_ce", "apgd_t", "pgd", "square", "after square"]
+    assert rows.tried.iloc[0].split("\n") == ["apgd_ce", "apgd_t", "pgd", "pgd: margin", "square", "after square"]
+
+
+class Other(Linear):
+    """Another network of the same layers."""
+
+
+def test_every_attack_is_what_its_name_says() -> None:
+    plain, far = View(Linear(), {"ce": "ce", "half": half_margin}), Other()
+    asked = EVALUATION.model_copy(update={"steps": 7, "pgd_steps": 30, "restarts": 3, "sources": ("far",)})
+    subject = Subject(Linear(), None, 0, views=lambda: {"plain": plain}, other={"far": far}.__getitem__)
+    found = dict(asked.attacks(subject, 0.2))
+    apgd, pgd = {"norm": "linf", "eps": 0.2, "steps": 7, "restarts": 3}, {"step": "2.5eps/T", "restarts": 3}
+    moving = {"norm": "linf", "eps": 0.2, "steps": 7}
+    assert found["apgd_ce"] == Apgd(**apgd) and found["apgd_t"] == ApgdT(**apgd)
+    assert found["pgd"] == Pgd(norm="linf", eps=0.2, steps=30, **pgd)
+    assert found["pgd: margin"] == Pgd(norm="linf", eps=0.2, steps=30, loss="margin", **pgd)
+    for name, inner, guide in (
+        ("plain: ce", Apgd(**apgd, loss="ce"), plain.model),
+        ("plain: half", Apgd(**apgd, loss=half_margin), plain.model),
+        ("plain: pgd, half", Pgd(norm="linf", eps=0.2, steps=30, loss=half_margin, **pgd), plain.model),
+        ("from far: ce", DiverseMim(**moving, loss="ce"), far),
+        ("from far: margin", DiverseMim(**moving, loss="margin"), far),
+    ):
+        attack = found[name]
+        assert isinstance(attack, Guided) and (attack.inner, attack.guide, attack.draws) == (inner, guide, 2), name
+
+
+def test_images_of_other_models_count_where_they_fool_the_model() -> None:
+    deaf = Linear(steps=20)  # rounds, so that its own gradients are zero
+    evaluation = EVALUATION.model_copy(update={"sources": ("open",), "proposals": 1, "steps": 1, "pgd_steps": 1})
+    rows, _ = measured(deaf, {}, evaluation, open=Other())
+    x, y, _ = images()
+    along = (x - 0.1).clamp(0, 1)  # what the other model's gradient says, whatever the loss
+    falls = (deaf.predict(along) != y).numpy() & rows.clean_correct.to_numpy()
+    assert falls.any() and (rows.broken_by.to_numpy()[falls] != "").all()
+    assert set(rows.broken_by[falls]) & {"from open: ce", "from open: margin"}
+
+
+def test_a_model_that_draws_noise_is_asked_with_several_draws_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("bench.evals.adaptive.Eot", lambda attack, draws: asked.append(draws) or Eot(attack, draws))
+    noisy = Noisy()
+    rows, _ = measured(noisy, views(noisy))
+    tried = rows.tried.iloc[0].split("\n")
+    assert {"logits/10: ce", "smooth: margin"} <= set(tried) and set(asked) == {2} and len(asked) <= len(tried)
+    measured(Linear(), {})
+    assert len(asked) <= len(tried)
+
+
+def test_views_are_of_the_model_itself() -> None:
+    x, _, _ = images()
+    members = [Linear(threshold=2 + 0.1 * member) for member in range(3)]
+    whole = Ensemble(members, Mean()).eval()
+    found = views(whole, (4.0,))
+    logits = torch.stack([member(x) for member in members])
+    assert torch.equal(found["logits/4"].model(x), whole(x) / 4)
+    assert torch.equal(found["members"].model(x), logits) and torch.allclose(found["mean logits"].model(x), logits.mean(0))
+    assert not torch.allclose(found["mean logits"].model(x), whole(x))
+    noisy = Noisy()
+    assert views(noisy)["logits/10"].model.randomized and not found["logits/4"].model.randomized  # type: ignore[attr-defined]
+    divided = views(noisy)["logits/10"].model
+    with drawing(divided, Streams(0, "one", ids=range(12))):
+        assert torch.equal(divided(x), divided(x)) and not torch.allclose(divided(x), Linear()(x) / 10)
 
 
 def test_nobody_thought_of_it() -> None:
@@ -221,13 +284,16 @@ def test_a_run(tmp_path: Path) -> None:
         'name = "adaptive"\nversion = 1\ndataset = "digits"\narchitecture = "cnn2"\ntrain_images = 64\nvalidation_images = 20\n'
         '[recipe]\nepochs = 2\nbatch = 32\noptimizer = "adam"\nlr = 0.01\n'
         '[evals.adaptive]\nkind = "adaptive"\nnorm = "l2"\neps = ["0.5"]\nsteps = 3\npgd_steps = 3\n'
-        "proposals = 5\neot = 2\nimages = 4\n"
+        'proposals = 5\neot = 2\nrestarts = 1\nimages = 4\nsources = ["naive"]\n'
     )
-    spec = "naive@members=2,kap@noise=0.1,randsmooth,pdd@members=2"
+    loud = "kap@noise=0.1,inference_noise=both"
+    spec = f"naive@members=2,kap@noise=0.1,randsmooth,pdd@members=2,cear_gm@members=3,{loud}"
     records = Run(Request(defense=spec, suite=str(suite), device="cpu", runs=tmp_path / "runs")).execute()
-    assert [record.status for record in records] == ["success"] * 4, [record.error for record in records]
-    naive, kap, single, pdd = (Asked(record).names for record in records)
+    assert [record.status for record in records] == ["success"] * 6, [record.error for record in records]
+    naive, kap, single, pdd, median, noisy = (Asked(record).names for record in records)
     assert {"members: ce", "members: margin", "members: half", "mean logits: margin", "smooth: margin"} <= set(naive)
     assert {"folded: ce", "folded: dlr", "recalibrated: ce", "noise on: dlr"} <= set(kap) and "members: ce" not in single
-    assert {"logits/5: ce", "logits/50: ce"} <= set(pdd)
+    assert {"logits/5: ce", "logits/50: ce"} <= set(pdd) and {"logits/10: ce", "noise on: dlr"} <= set(noisy)
+    assert {"unrolled median: margin", "mean: ce", "members: half"} <= set(median) and "mean: ce" not in naive
+    assert {"from naive: ce", "from naive: margin"} <= set(naive) & set(median) & set(noisy)
     assert not any(finding.kind == "unreviewed" for record in records for finding in record.findings)

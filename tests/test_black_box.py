@@ -124,9 +124,26 @@ def test_the_worst_of_all_sources_counts() -> None:
     assert values["black_box_accuracy", "left"] == 1 - left.mean() and values["black_box_accuracy", "far"] == 1 - far.mean()
 
 
-def test_several_losses_are_several_searches() -> None:
-    rows, metrics = asked({"one": Blind([1.0, 0, 1.0, 0], 0.2)}, Linear(), losses=("ce", "margin"), attack="mim")
-    assert {"wrong one, ce", "wrong one, margin"} <= set(rows) and len({m.source for m in metrics if m.source}) == 2
+class Torn(Linear):
+    """Always wrong. Cross-entropy falls along two pixels, the margin to the best class along the second alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.flatten(1)[:, 0], x.flatten(1)[:, 1]
+        return torch.stack([0 * first, 4 + 9 * first, 14 + second], 1)
+
+
+class First(Linear):
+    """Wrong once the first pixel has risen by 0.05; the images' last one is that much darker, and no source looks at it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rise = x.flatten(1)[:, 0] - x.flatten(1)[:, 3] - 0.05
+        return torch.stack([0.05 - rise, rise - 0.05, -9 + 0 * rise], 1)
+
+
+def test_each_loss_is_climbed_to_the_last_step_whether_the_source_is_wrong_or_not() -> None:
+    rows, metrics = asked({"one": Torn()}, First(), losses=("ce", "margin"), attack="mim")
+    assert rows["wrong one, ce"].all() and not rows["wrong one, margin"].any() and rows.clean_correct.all()
+    assert {m.source for m in metrics if m.source} == {"one, ce", "one, margin"}
 
 
 def test_a_source_that_shares_a_network_is_refused() -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import optimize
 from torch import Tensor
 
 from attacks.streams import generator
 from defenses.combine import GeometricMedian, LogMean, Mean, MeanLogits, Rule, Weighted
-from defenses.median import median_weights
+from defenses.median import median_weights, unrolled_median
 
 
 def points(*rows: tuple[float, ...]) -> Tensor:
@@ -134,3 +134,23 @@ def test_the_median_can_be_differentiated() -> None:
     logits = torch.randn(5, 4, 3, generator=generator(2)).requires_grad_()
     GeometricMedian()(logits)[:, 0].sum().backward()
     assert logits.grad is not None and logits.grad.abs().sum() > 0 and torch.isfinite(logits.grad).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6))
+def test_the_unrolled_median_and_its_gradient_are_the_medians(seed: int) -> None:
+    """Against the solved median, and its differences; members far from each other, so that the median is at none of them."""
+    p = (torch.randn(5, 1, 4, generator=generator(seed), dtype=torch.float64) * 0.7).softmax(-1)
+    assume(float((p - solved(p)).norm(dim=-1).min()) > 0.05)
+    assert torch.allclose(unrolled_median(p, 200), solved(p), atol=1e-5)
+    assert torch.allclose(unrolled_median(p), solved(p), atol=5e-3)
+    direction = torch.randn(p.shape, generator=generator(seed, "direction"), dtype=torch.float64)
+    step = 1e-5 * direction
+    expected = (solved(p + step) - solved(p - step)) / 2e-5
+    _, got = torch.func.jvp(lambda q: unrolled_median(q, 200), (p,), (direction,))
+    assert torch.allclose(got, expected, atol=2e-2 * float(direction.abs().max()))
+
+
+def solved(p: Tensor) -> Tensor:
+    """The median (n k) by its weights."""
+    return torch.einsum("mn,mnk->nk", median_weights(p, 1e-13, 5000), p)

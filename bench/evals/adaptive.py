@@ -7,6 +7,7 @@ fools the model as it is deployed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any, Literal
 
 import numpy as np
@@ -15,24 +16,26 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from attacks import Apgd, ApgdT, Attack, Eot, Pgd, Square, Streams
+from attacks import Apgd, ApgdT, Attack, DiverseMim, Eot, Pgd, Square, Streams
 from attacks.api import verdicts
 from attacks.guided import ApgdAfter, Guided
 from attacks.oracle import decide
 from bench.evals.api import Base, Number, Outcome, Piece, Subject, check_threat, share
+from bench.evals.black_box import surrogate
 from bench.store import Finding, Metric
 from bench.verdicts import HELPS, KNOWN, NAMED
 from defenses.api import Images
 
 
 class Adaptive(Base):
-    """Attacks in turn, each on the images that still stand: APGD on the model, long PGD, APGD through every view with each of
-    its losses, Square, and APGD from Square's best points.
+    """Attacks in turn, each on the images that still stand: APGD and long PGD on the model and through every view, images of
+    other models, Square, and APGD from Square's best points.
 
     Attributes:
         norm, eps: the threat; ``eps`` may be fractions such as "8/255".
         steps, pgd_steps: of APGD, and of the long PGD in steps of 2.5 eps / T.
-        restarts: of every gradient attack.
+        restarts: of every gradient attack but those on other models.
+        sources: variants, trained with other seeds, whose adversarial images (momentum, input diversity) are tried as well.
         proposals: of Square.
         eot: noise draws per gradient, where the model or a view draws noise.
     """
@@ -42,9 +45,14 @@ class Adaptive(Base):
     eps: tuple[Number, ...] = Field(min_length=1)
     steps: int = Field(100, ge=1)
     pgd_steps: int = Field(200, ge=1)
-    restarts: int = Field(1, ge=1)
+    restarts: int = Field(5, ge=1)
+    sources: tuple[str, ...] = ()
     proposals: int = Field(5000, ge=1)
     eot: int = Field(20, ge=1)
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        return self.sources
 
     def check(self, place: str, shape: tuple[int, int, int]) -> None:
         check_threat(place, self.norm, self.eps, shape)
@@ -59,13 +67,20 @@ class Adaptive(Base):
         """The attacks by name, in order."""
         threat: dict[str, Any] = {"norm": self.norm, "eps": eps}
         climb: dict[str, Any] = {**threat, "steps": self.steps, "restarts": self.restarts}
+        long: dict[str, Any] = {**climb, "steps": self.pgd_steps, "step": "2.5eps/T"}
         square = Square(**threat, proposals=self.proposals)
         yield "apgd_ce", Apgd(**climb)
         yield "apgd_t", ApgdT(**climb)
-        yield "pgd", Pgd(**threat, steps=self.pgd_steps, step="2.5eps/T", restarts=self.restarts)
+        yield "pgd", Pgd(**long)
+        yield "pgd: margin", Pgd(**long, loss="margin")
         for name, view in (subject.views() or {}).items():
             for loss, function in view.losses.items():
                 yield f"{name}: {loss}", Guided(Apgd(**climb, loss=function), view.model, self.eot)
+            loss, function = list(view.losses.items())[-1]
+            yield f"{name}: pgd, {loss}", Guided(Pgd(**long, loss=function), view.model, self.eot)
+        for source, loss in product(self.sources, ("ce", "margin")):
+            moving = DiverseMim(**threat, steps=self.steps, loss=loss)
+            yield f"from {source}: {loss}", Guided(moving, surrogate(subject, source), self.eot)
         yield "square", square
         yield "after square", ApgdAfter(**{**climb, "restarts": 1}, loss="margin", first=square)
 
@@ -139,12 +154,13 @@ class Adaptive(Base):
         return found
 
     def _helped(self, part: pd.DataFrame, eps: float) -> list[Finding]:
-        """Whether knowledge of the defense, or a search without gradients, broke what APGD had left standing."""
+        """Whether knowledge of the defense, or a search without its gradients, broke what climbing it had left standing."""
         later = part[part.clean_correct & (part.broken_by != "") & ~part.broken_by.isin(KNOWN)]
         if len(later) / len(part) <= HELPS:
             return []
         by = later.broken_by.value_counts().to_dict()
         words = ", ".join(f"{count} to {name}" for name, count in by.items())
-        detail = f"{len(later)} of {len(part)} images at eps {eps:g} stood after APGD on the model and fell later: {words}"
+        stood = "stood after APGD and PGD on the model"
+        detail = f"{len(later)} of {len(part)} images at eps {eps:g} {stood} and fell later: {words}"
         evidence = {"eps": float(eps), "images": later.id.tolist()[:NAMED], "by": by}
         return [Finding(kind="adaptive_helps", detail=detail, evidence=evidence)]

@@ -74,19 +74,9 @@ class BlackBox(Attacking):
             name = f"{source}, {loss}" if loss else source
             scratch = subject.scratch / name.replace("/", "_") if subject.scratch else None
             noise = streams.child(source, loss)
-            points = self.attacker(eps, scratch, loss)(self._source(subject, source), x, y, noise, everything=True).x_adv
+            points = self.attacker(eps, scratch, loss)(surrogate(subject, source), x, y, noise, everything=True).x_adv
             columns[f"wrong {name}"] = (decide(subject.model, points, noise.child("verdict")) != y).cpu()
         return pd.DataFrame(columns)
-
-    def _source(self, subject: Subject, name: str) -> Classifier:
-        assert subject.other is not None, "the runner provides the models that an evaluation needs"
-        source = subject.other(name)
-        if contents(source) & contents(subject.model):
-            raise ValueError(
-                f"the source {name!r} shares a network with the model that is attacked, so its images are no black-box test; "
-                "give another source"
-            )
-        return source
 
     def summarise(self, rows: pd.DataFrame, subject: Subject) -> Outcome:
         numbers: list[Metric] = []
@@ -103,3 +93,19 @@ class BlackBox(Attacking):
                 facts = {"source": column.removeprefix("wrong "), "denominator": "all"}
                 numbers.append(share("black_box_accuracy", survived, eps=eps, **facts))
         return Outcome(numbers, [])
+
+
+def surrogate(subject: Subject, name: str) -> Classifier:
+    """The fitted model of another variant.
+
+    Raises:
+        ValueError: if it shares a network with the subject.
+    """
+    assert subject.other is not None, "the runner provides the models that an evaluation needs"
+    source = subject.other(name)
+    if contents(source) & contents(subject.model):
+        raise ValueError(
+            f"the source {name!r} shares a network with the model that is attacked, so its images are no black-box test; "
+            "give another source"
+        )
+    return source

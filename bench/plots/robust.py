@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
+from bench.metrics import wilson
 from bench.plots.style import legend, line, points_of, sheet, styles_of
-from bench.store import Record
+from bench.store import Metric, Record
 
 
 def robust(records: list[Record]) -> Figure | None:
-    """Accuracy against epsilon, a panel an attack: mean over seeds, or one seed with its interval."""
+    """Accuracy against epsilon, from 0 on, a panel an attack: mean over seeds, or one seed with its interval."""
     attacks = [record for record in records if any(m.metric == "robust_accuracy" for m in record.metrics)]
     names = sorted({record.eval["name"] for record in attacks})
     if not names:
@@ -19,8 +20,7 @@ def robust(records: list[Record]) -> Figure | None:
     for axes, name in zip(panels, names, strict=False):
         shown = [record for record in attacks if record.eval["name"] == name]
         for index, (variant, style) in enumerate(styles.items()):
-            numbers = [m for r in shown if r.defense["variant"] == variant for m in r.metrics]
-            points = points_of([m for m in numbers if m.metric == "robust_accuracy" and m.denominator == "all"], "eps")
+            points = points_of([m for r in shown if r.defense["variant"] == variant for m in _numbers(r)], "eps")
             line(axes, points, variant, style, (index, len(styles)))
         norm = {"linf": r"\ell_\infty", "l2": r"\ell_2"}[shown[0].eval["fields"]["norm"]]
         axes.set_title(name.replace("_", " "), fontsize=9)
@@ -28,3 +28,15 @@ def robust(records: list[Record]) -> Figure | None:
         axes.set_xlim(left=0)
     legend(figure, panels)
     return figure
+
+
+def _numbers(record: Record) -> list[Metric]:
+    """Robust accuracy at every epsilon, and at 0 that of the same images without attack, where the record counts them."""
+    own = [m for m in record.metrics if m.metric == "robust_accuracy"]
+    every = [m for m in own if m.denominator == "all"]
+    right = next((m.n for m in own if m.denominator == "clean_correct"), None)
+    if not every or right is None:
+        return every
+    n = every[0].n
+    low, high = wilson(right, n)
+    return [every[0].model_copy(update={"eps": 0.0, "value": right / n, "lower": low, "upper": high}), *every]
