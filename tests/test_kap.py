@@ -280,6 +280,16 @@ def test_recalibration_has_the_statistics_of_quiet_images() -> None:
     assert changed and all("running" in name or "tracked" in name for name in changed)
 
 
+def test_attackers_see_the_folded_the_quiet_and_the_noisy_network() -> None:
+    one, defense, x = task((3, 32, 32), "cnn1", 60), Kap(noise=0.5), images()
+    net = noisy_statistics(KernelNetwork(network(one, generator(3, "kap")), defense.kernels())).eval()
+    seen = {name: view.model for name, view in defense.views(net, one).items()}
+    assert torch.allclose(seen["folded"](x), net(x), atol=1e-4)
+    quiet = recalibrated(net, one.train)
+    assert torch.equal(seen["recalibrated"](x), quiet(x)) and not torch.allclose(quiet(x), net(x), atol=1e-2)
+    assert seen["noise on"].randomized and not seen["folded"].randomized  # type: ignore[attr-defined]
+
+
 def test_loudness_is_the_spread_of_answers_over_that_of_noise() -> None:
     net = made(Kap(noise=0.1), "cnn1")
     with torch.no_grad():
