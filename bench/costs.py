@@ -28,6 +28,9 @@ PROBE = 0.3
 """Seconds for which a pass is timed."""
 
 
+ATTACKED = 100
+"""Images that are attacked together, at most."""
+
 SMALL = 64
 """Images a step that is timed, at most: on a CPU a whole one of a deep network takes minutes."""
 
@@ -55,11 +58,15 @@ class Probe:
     Attributes:
         forward, backward: of a pass of the task's network for one image, in batches of a hundred.
         steps: of a training step of a part, by what :func:`training` tells of it.
+        kept: bytes that a pass keeps of an image for its gradient.
+        weights: bytes of the task's network.
     """
 
     forward: float
     backward: float
     steps: Mapping[str, float]
+    kept: float = float("nan")
+    weights: float = float("nan")
 
 
 def probe(task: Task, parts: Sequence[Part]) -> Probe:
@@ -69,8 +76,27 @@ def probe(task: Task, parts: Sequence[Part]) -> Probe:
         if isinstance(part, Trained) and training(part) not in steps:
             with suppress(Exception):  # a training that fails says so when it is its turn
                 steps[training(part)] = _step(task, part)
-    x = task.validation.floats(slice(0, 100))
-    return Probe(*timed(network(task, architecture=task.architecture).to(task.device).eval(), x), steps)
+    net, x = network(task, architecture=task.architecture).to(task.device).eval(), task.validation.floats(slice(0, 100))
+    weights = sum(tensor.nbytes for tensor in net.parameters())
+    return Probe(*timed(net, x), steps, kept(net, x[:2].clone()), weights)
+
+
+def kept(net: Classifier, x: torch.Tensor) -> float:
+    """Bytes that a pass keeps of an image of ``x`` (n c h w) until its gradient is asked for, weights left out."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in net.parameters()}
+    found: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        answer = net(x)  # alive until everything is counted: memory that is freed is given out again
+        total = sum(found.values())
+    del answer
+    return total / len(x)
 
 
 def training(part: Trained) -> str:
@@ -159,6 +185,15 @@ class Costs:
         networks = job.blank.members
         basis = f"{forward + backward:,} x {networks} network passes an image, if nothing ends early; a pass was timed"
         return Estimate(job.evaluation.images * networks * image, basis)
+
+    def memory(self, parts: Sequence[Part], jobs: Sequence[Job]) -> float:
+        """Bytes of the largest step: what passes keep, and of training weights, gradients and two moments. NaN: unknown."""
+        if self._probe is None:
+            return float("nan")
+        kept, weights = self._probe.kept, self._probe.weights
+        trained = [part for part in parts if isinstance(part, Trained)]
+        steps = [getattr(part, "members", 1) * (part.recipe.batch * kept + 4 * weights) for part in trained]
+        return max([*steps, *(job.blank.members * (ATTACKED * kept + weights) for job in jobs)], default=0.0)
 
     def part(self, part: Part, images: int) -> Estimate:
         """Of a part, its needs being made, with so many training images."""

@@ -39,10 +39,12 @@ class Forecast:
     Attributes:
         lines: parts, needs first, as far as they are known, then evaluations.
         workers: how many do the work.
+        memory: bytes of the largest step of a worker, images left out; NaN where unknown.
     """
 
     lines: tuple[Line, ...]
     workers: int
+    memory: float = float("nan")
 
     def schedule(self) -> Schedule:
         """When it would be done; what has no estimate counts nothing, and evaluations as wholes."""
@@ -66,6 +68,7 @@ class Forecast:
             f"plan: about {duration(found.makespan)} on {self.workers} worker{'s' * (self.workers > 1)} "
             f"({duration(sum(known))} of work; {stored} estimates from stored records, {len(bases) - stored} from a probe"
             + (f"; {dark} steps without an estimate are not counted)" if dark else ")")
+            + (f"; about {self.memory / 1e6:,.0f} MB a worker for the largest step" if self.memory == self.memory else "")
         )
 
 
@@ -99,7 +102,7 @@ def forecast(run: Run, jobs: Sequence[Job], timed: Callable[[list[Part]], Probe 
     for job in jobs:
         needs = tuple(dict.fromkeys(key for variant, seed in job.models() for key in lacks[variant.label, seed]))
         lines.append(Line(job.title, job, job.title, costs.job(job), needs))
-    return Forecast(tuple(lines), workers)
+    return Forecast(tuple(lines), workers, costs.memory(list(parts.values()), jobs))
 
 
 def _probed(run: Run, parts: list[Part]) -> Probe | None:

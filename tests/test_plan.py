@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,16 @@ import torch
 from elsewhere import Scripted
 
 from attacks import Streams
-from bench.costs import counted
+from bench.costs import Costs, Probe, counted, kept
 from bench.forecast import forecast
 from bench.plan import Item, duration, schedule, tails
 from bench.request import Request
 from bench.runner import Run
 from bench.work import probed
+from defenses.api import Recipe, Wrapped
+from defenses.joint import Together
+from defenses.naive import Separate
+from defenses.training import Trained
 
 
 def test_the_longest_goes_first() -> None:
@@ -64,9 +69,21 @@ def test_a_plan_has_every_part_and_evaluation_with_its_basis(tiny: Path) -> None
     assert student.needs == (teacher.key,) and teacher.estimate.basis == "2 epochs of 2 steps, three timed"
     certified = by["cear_rw@members=2  seed 0  certified"]
     assert certified.estimate.basis.startswith("300 x 2 network passes an image") and set(certified.needs) > {student.key}
-    assert re.match(
-        r"plan: about .* on 1 worker \(.* of work; 0 estimates from stored records, 6 from a probe; 1 steps", str(plan)
+    told = (
+        r"plan: about .* on 1 worker \(.* of work; 0 estimates from stored records, 6 from a probe; 1 steps .*\); about \d+ MB"
     )
+    assert re.match(told, str(plan))
+
+
+def test_memory_is_what_the_largest_step_keeps() -> None:
+    """A linear layer keeps what enters it, ReLU what leaves it, which enters the next layer."""
+    net = Wrapped(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)))
+    assert kept(net, torch.rand((5, 1, 2, 2))) == 4 * (4 + 8)
+    part = Trained(role="plain", seed=0, architecture="lenet5", recipe=Recipe(epochs=1, batch=20))
+    together = Together(role="adp", seed=0, architecture="lenet5", recipe=part.recipe, members=3, loss=Separate())
+    costs = Costs([], "cpu", Probe(1.0, 1.0, {}, kept=1000.0, weights=500.0))
+    assert costs.memory([part], []) == 20 * 1000 + 4 * 500 and costs.memory([part, together], []) == 3 * (20 * 1000 + 4 * 500)
+    assert math.isnan(Costs([], "cpu", None).memory([part], []))
 
 
 def test_costs_of_stored_records_take_the_place_of_the_probe(tiny: Path) -> None:
@@ -79,6 +96,8 @@ def test_costs_of_stored_records_take_the_place_of_the_probe(tiny: Path) -> None
     half = plan_of(tiny, "randsmooth@sigma=0.5", only=("pgd",)).lines[-1].estimate
     assert half.basis == "as 1 stored records of other defenses" and half.seconds == pytest.approx(record.cost["seconds"] / 2)
     assert str(plan_of(tiny, "randsmooth", only=("clean",)).lines[-1].estimate.basis).startswith("1 x 1 network passes")
+    other = plan_of(tiny, "nt@architecture=cnn1", only=("pgd",)).lines[-1].estimate
+    assert "network passes" in other.basis  # of a network of its own
 
 
 @pytest.mark.parametrize(("name", "suite"), [("pgd", "digits"), ("mim", "digits"), ("autoattack", "digits")])
