@@ -286,6 +286,8 @@ def test_times_come_from_what_records_cost(tmp_path: Path) -> None:
     own = cell(join(load("smd_runtime"), store), defense="naive")
     assert own.value == pytest.approx(3 * 60_000 / 20_000 * 50) and own.printed == 240  # images and epochs of the paper
     assert own.ratio == pytest.approx(450 / 240) and "x 1.9" in render(join(load("smd_runtime"), store))
+    store.write(clean.model_copy(update={"cost": {**clean.cost, "training_seconds_per_epoch": 300.0}}))
+    assert "x 188" in render(join(load("smd_runtime"), store))
     suite, who = (
         {"name": "cear_mnist", "version": 1, "budget": "quick"},
         {"name": "cear_rw", "variant": "cear_rw", "fields": {}},
