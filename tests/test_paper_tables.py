@@ -278,20 +278,37 @@ def test_times_come_from_what_records_cost(tmp_path: Path) -> None:
     clean = attacked(
         "naive", 0.5,
         eval={"name": "clean", "fields": {"kind": "clean", "images": 1000}},
-        task={"architecture": "lenet5", "recipe": {"epochs": 50}},
+        task={"architecture": "lenet5", "recipe": {"epochs": 5}, "train_images": 20_000},
         cost={"seconds": 2.0, "training_seconds_per_epoch": 3.0, "measured_together": 1.0},
         metrics=[Metric(metric="clean_accuracy", value=0.99, n=1000)],
     )  # fmt: skip
     store.write(clean)
     own = cell(join(load("smd_runtime"), store), defense="naive")
-    assert own.value == 150 and own.printed == 240
-    assert "x 0.62" in render(join(load("smd_runtime"), store))
+    assert own.value == pytest.approx(3 * 60_000 / 20_000 * 50) and own.printed == 240  # images and epochs of the paper
+    assert own.ratio == pytest.approx(450 / 240) and "x 1.9" in render(join(load("smd_runtime"), store))
+    store.write(clean.model_copy(update={"cost": {**clean.cost, "training_seconds_per_epoch": 300.0}}))
+    assert "x 188" in render(join(load("smd_runtime"), store))
     suite, who = (
         {"name": "cear_mnist", "version": 1, "budget": "quick"},
         {"name": "cear_rw", "variant": "cear_rw", "fields": {}},
     )
     store.write(clean.model_copy(update={"suite": suite, "defense": who}))
     assert cell(join(load("cear_runtime"), store), dataset="mnist", defense="cear_rw").value == pytest.approx(20)
+
+
+def test_times_of_another_network_than_the_papers_get_no_ratio(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    clean = attacked(
+        "randsmooth", 0.5,
+        suite={"name": "cear_cifar10", "version": 1, "budget": "quick"},
+        eval={"name": "clean", "fields": {"kind": "clean", "images": 1000}},
+        task={"architecture": "resnet20", "recipe": {"epochs": 5}},
+        cost={"seconds": 2.0},
+    )  # fmt: skip
+    store.write(clean)
+    own = cell(join(load("cear_runtime"), store), dataset="cifar10", defense="randsmooth")
+    assert own.row["architecture"] == "resnet110" and own.value == pytest.approx(20) and own.ratio is None
+    assert any(line.split() == ["difference", "other", "network"] for line in lines(join(load("cear_runtime"), store)))
 
 
 def test_of_images_of_others_the_right_source_answers(tmp_path: Path) -> None:

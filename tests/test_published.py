@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -78,6 +79,22 @@ def test_what_cannot_hold_together_is_marked() -> None:
     assert int(above.sum()) == 27 and list(white.flag == "suspicious") == list(above)
     rising = rows[(rows.file == "cear_table2") & (rows.flag == "conflicting")]
     assert list(rising.radius) == [0.4, 0.5] and list(rising.value) == [7, 9]
+
+
+def test_remarks_quote_the_numbers_that_they_hold_against_the_text() -> None:
+    rows = published.frame()
+    alike = ("paper", "dataset", "metric", "attack", "source", "members", "eat", "eps")
+    quoted = 0
+    for _, row in rows[rows.remark.str.contains("although")].iterrows():
+        for name, printed in re.findall(r"([A-Z-]+)'s ([0-9.]+)", row.remark):
+            same = (rows[list(alike)].fillna(-1) == row[list(alike)].fillna(-1)).all(axis=1)
+            found = rows[same & (rows.printed == printed) & (rows.defense == name.lower().replace("-", "_"))]
+            assert len(found), f"{row.file}: {row.remark}"
+            above = found.value.iloc[0] - row.value
+            told = "is level" if abs(above) < 0.2 else "higher, although" if above > 0 else "lower"
+            assert told in row.remark, f"{row.file}: {row.remark}"
+            quoted += 1
+    assert quoted == 18
 
 
 def test_a_damaged_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,9 @@ from bench.store import Metric, Record
 from bench.tables import numbers
 from bench.wanted import Need, commands
 
-TIMES = ("training_seconds_per_epoch", "training_seconds", "seconds_per_image")
-"""What may answer besides a record's own numbers, from what it cost: an epoch of all networks, all epochs, one image."""
+TIMES = ("training_seconds_per_image", "seconds_per_image")
+"""What may answer besides a record's own numbers, from what it cost: an image in an epoch of all networks, and a prediction.
+A time of an image can be scaled to the size of the paper, which budgets of fewer images and epochs have not."""
 
 HALF = 0.5 + CONFIDENCE / 2
 """Quantile at the upper end of an interval."""
@@ -67,8 +68,9 @@ def number(record: Record, wanted: Answer | Beside, row: Mapping[str, Any]) -> N
 def _all(record: Record) -> list[Metric]:
     """A record's numbers, and times that follow from what it cost."""
     found, images = list(numbers(record)), record.eval["fields"].get("images")
-    for one in [one for one in found if one.metric == "training_seconds_per_epoch"]:
-        found.append(one.model_copy(update={"metric": "training_seconds", "value": one.value * one.n}))
+    epochs, trained = [one for one in found if one.metric == "training_seconds_per_epoch"], record.task.get("train_images")
+    if epochs and trained:
+        found.append(epochs[0].model_copy(update={"metric": "training_seconds_per_image", "value": epochs[0].value / trained}))
     seconds = record.cost.get("seconds")
     if seconds is not None and images and record.cost.get("measured_together", 1.0) == 1.0:
         found.append(Metric(metric="seconds_per_image", value=seconds / images, n=images, unit="seconds"))
@@ -168,6 +170,12 @@ class Cell:
     def difference(self) -> float:
         """Ours less the paper's, in points of percent or in the paper's unit."""
         return self.value - self.printed
+
+    @property
+    def ratio(self) -> float | None:
+        """Ours over the paper's, of times; None where our network is another than the paper's, which tells nothing."""
+        same = all(record.architecture == self.row["architecture"] for record in self.records)
+        return self.value / self.printed if same else None
 
     @property
     def inside(self) -> bool | None:

@@ -179,7 +179,7 @@ def _difference(cell: Cell | None) -> str:
     if cell is None or not cell.filled or cell.row["flag"] == "impossible" or cell.ours[0].too_few:
         return ""
     if not _percent(cell):
-        return f"x {cell.value / cell.printed:.2g}" if cell.printed else ""
+        return "other network" if cell.ratio is None else f"x {cell.ratio:.2g}" if cell.ratio < 100 else f"x {cell.ratio:.0f}"
     return f"{cell.difference:+.1f}" + (" out" if cell.inside is False else "")
 
 

@@ -80,7 +80,7 @@ class Answer(Choice):
 
     Attributes:
         eval: the evaluation.
-        metric: of its record, or a time of :data:`bench.papers.answers.TIMES`.
+        metric: of its record, or a time of :data:`bench.papers.cells.TIMES`.
         facts: what the number must say of itself (eps, radius, denominator, source, target); "{eps}" is what the paper's does.
         complement: the share that is left to 1, as a success rate is of an accuracy among the images that were right.
         scale: what ours is multiplied with, after fractions have become percent.
