@@ -105,9 +105,38 @@ def share(models: Sequence[Classifier]) -> list[Classifier]:
     return [one(model) for model in models]
 
 
-def contents(model: Classifier) -> set[str]:
-    """What tells the networks inside from others: hashes of layers and weights."""
-    return {_content(member) for member in model.members}
+def in_common(one: Classifier, other: Classifier) -> list[str]:
+    """Names of the weights of one classifier that the other has, too, wherever in it they are.
+
+    Compared are single tensors: whole networks differ as soon as somebody puts them into a class of his own, or trains a new
+    head on old layers. Weights that began alike and were trained apart have nothing in common. Buffers do not count, which hold
+    what comes with an architecture, such as normalisations; nor can weights be found that are no parameters of a module.
+    """
+    found = _by_hash(other)
+    return [name for key, (name, weights) in _by_hash(one).items() if key in found and len(weights.unique()) >= DISTINCT]
+
+
+DISTINCT = 16
+"""Different numbers of a tensor that is not the same by accident. Zeros, ones, identities, signs and what people write down
+(deviations of channels, a blur, shares of members) have fewer; a layer that sees an image has more."""
+
+
+def _by_hash(model: Classifier) -> dict[str, tuple[str, Tensor]]:
+    """Names and values of all weights, by a hash of the values; shapes and double precision change nothing."""
+    found = {}
+    for weights, name in _weights(model).items():
+        values = weights.detach().cpu().float().flatten()
+        found[hashlib.sha256(values.numpy().tobytes()).hexdigest()] = name, values
+    return found
+
+
+def _weights(model: Classifier) -> dict[Tensor, str]:
+    """The parameters of a classifier and of its members, which a class may keep where torch does not see them."""
+    found: dict[Tensor, str] = {weights: name for name, weights in model.named_parameters()}
+    for place, member in enumerate(model.members):
+        if member is not model:
+            found = {weights: f"members.{place}.{name}" for weights, name in _weights(member).items()} | found
+    return found
 
 
 def _content(net: nn.Module) -> str:

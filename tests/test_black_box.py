@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,10 +27,10 @@ from bench.jobs import APART
 from bench.request import Request
 from bench.runner import Run
 from bench.suites import SuiteError
-from defenses.api import Classifier, Images
+from defenses.api import Classifier, Images, Wrapped
 from defenses.combine import Mean
 from defenses.ensemble import Ensemble
-from defenses.nets import network
+from defenses.nets import Network, network
 
 
 @settings(max_examples=50)
@@ -146,19 +147,114 @@ def test_each_loss_is_climbed_to_the_last_step_whether_the_source_is_wrong_or_no
     assert {m.source for m in metrics if m.source} == {"one, ce", "one, margin"}
 
 
-def test_a_source_that_shares_a_network_is_refused() -> None:
-    nets = [network(task(), generator(member)) for member in range(3)]
+class Own(Classifier):
+    """Somebody's own ensemble, which torch sees as one module."""
+
+    def __init__(self, *nets: Classifier) -> None:
+        super().__init__()
+        self.nets = torch.nn.ModuleList(nets)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([net(x) for net in self.nets]).sum(0)
+
+
+class Listed(Classifier):
+    """Somebody's own ensemble, whose networks torch does not see."""
+
+    def __init__(self, *nets: Classifier) -> None:
+        super().__init__()
+        self.nets = nets
+
+    @property
+    def members(self) -> Sequence[Classifier]:
+        return self.nets
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([net(x) for net in self.nets]).sum(0)
+
+
+def net(seed: int) -> Network:
+    """A network like others of its seed, but another object, as every fit makes one."""
+    return network(task(), generator(seed))
+
+
+def new_head(seed: int) -> Classifier:
+    """The layers of a network, and a new last one."""
+    made = net(seed)
+    layers = list(made.body.children())
+    made.body = torch.nn.Sequential(*layers[:-1], torch.nn.Linear(84, 10))
+    return made
+
+
+def judged(source: Classifier, victim: Classifier) -> int:
     x = torch.zeros((1, 1, 28, 28), dtype=torch.uint8)
     stored = Images(x, torch.zeros(1, dtype=torch.int64), torch.arange(1), "made")
-    evaluation = BlackBox(images=1, attack="mim", norm="linf", eps=(0.1,), sources=("twin",))
-    victim = Ensemble(nets[:2], Mean()).eval()
-    for twin, fine in ((Ensemble(nets[1:], Mean()).eval(), False), (nets[2], True)):
-        subject = Subject(victim, None, 0, other=lambda name, twin=twin: twin)  # type: ignore[misc]
-        if fine:
-            assert len(evaluation.measure([subject], stored, evaluation.pieces(subject)[0])) == 1
-        else:
-            with pytest.raises(ValueError, match="shares a network with the model that is attacked"):
-                evaluation.measure([subject], stored, evaluation.pieces(subject)[0])
+    evaluation = BlackBox(images=1, attack="mim", norm="linf", eps=(0.1,), steps=1, sources=("twin",))
+    subject = Subject(victim.eval(), None, 0, other=lambda name: source.eval())
+    return len(evaluation.measure([subject], stored, evaluation.pieces(subject)[0]))
+
+
+def ensemble(*seeds: int) -> Classifier:
+    return Ensemble([net(seed) for seed in seeds], Mean())
+
+
+SHARED: dict[str, Callable[[], tuple[Classifier, Classifier]]] = {
+    "ensembles with a member in common": lambda: (ensemble(0, 1), ensemble(1, 2)),
+    "wrapped": lambda: (Wrapped(net(0)), net(0)),
+    "wrapped, and an ensemble": lambda: (Wrapped(net(0)), ensemble(0, 1)),
+    "own class, and its member": lambda: (Own(net(0), net(1)), net(1)),
+    "own classes": lambda: (Own(net(0), net(1)), Own(net(1), net(2))),
+    "own class that torch does not see into": lambda: (Wrapped(Own(net(0))), Listed(Wrapped(net(0)), net(1))),
+    "members of members": lambda: (net(0), Listed(Listed(net(1), net(0)))),
+    "new head": lambda: (new_head(0), net(0)),
+    "other precision and layout": lambda: (Wrapped(net(0).to(memory_format=torch.contiguous_format)), net(0).double()),
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_source_that_shares_weights_is_refused(case: str, turned: bool) -> None:
+    source, victim = SHARED[case]()[:: -1 if turned else 1]
+    with pytest.raises(ValueError, match=r"shares weights with the model that is attacked \(.*weight, \d+ in all"):
+        judged(source, victim)
+
+
+def trained(seed: int) -> Classifier:
+    """Weights that begin with the same seed and take steps of their own."""
+    made = net(0)
+    optimiser = torch.optim.SGD(made.parameters(), 0.1)
+    for _ in range(2):
+        x = torch.rand((8, 1, 28, 28), generator=generator(seed, "images"))
+        optimiser.zero_grad()
+        F.cross_entropy(made(x), torch.arange(8)).backward()
+        optimiser.step()
+    return made
+
+
+class Preset(Own):
+    """Networks between parameters that are the same in every copy: they stand for what is written down, or never changes."""
+
+    def __init__(self, *nets: Classifier) -> None:
+        super().__init__(*nets)
+        fixed = {"deviations": torch.linspace(0.2, 0.3, 6), "colours": torch.eye(64), "gains": torch.ones(512)}
+        self.fixed = torch.nn.ParameterDict(fixed)
+        self.signs = torch.nn.Parameter(torch.arange(300.0).view(100, 3) % 3 - 1, requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("source", "victim"),
+    [
+        (lambda: net(2), lambda: ensemble(0, 1)),
+        (lambda: trained(1), lambda: trained(2)),
+        (lambda: trained(1), lambda: net(0)),
+        (lambda: Preset(net(0)), lambda: Preset(net(1))),
+    ],
+    ids=["other seed", "trained apart", "trained on", "constants"],
+)
+def test_networks_that_were_trained_apart_may_be_sources(
+    source: Callable[[], Classifier], victim: Callable[[], Classifier]
+) -> None:
+    assert judged(source(), victim()) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Accuracy under adversarial images of other models, image by image the worst of all (methods 9.6).
 
-The others are variants of the suite, trained with other seeds than the subject; none may share a network with it.
+The others are variants of the suite, trained with other seeds than the subject; none may share weights with it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bench.evals.api import Outcome, Piece, Subject, refuse_nearest, share
 from bench.evals.robust import Attacking
 from bench.store import Metric
 from defenses.api import Classifier, Images
-from defenses.ensemble import contents
+from defenses.ensemble import in_common
 
 
 class BlackBox(Attacking):
@@ -99,13 +99,14 @@ def surrogate(subject: Subject, name: str) -> Classifier:
     """The fitted model of another variant.
 
     Raises:
-        ValueError: if it shares a network with the subject.
+        ValueError: if it shares weights with the subject.
     """
     assert subject.other is not None, "the runner provides the models that an evaluation needs"
     source = subject.other(name)
-    if contents(source) & contents(subject.model):
+    common = in_common(source, subject.model)
+    if common:
         raise ValueError(
-            f"the source {name!r} shares a network with the model that is attacked, so its images are no black-box test; "
-            "give another source"
+            f"the source {name!r} shares weights with the model that is attacked ({common[0]}, {len(common)} in all), "
+            "so its images are no black-box test; give another source"
         )
     return source
