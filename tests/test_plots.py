@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import math
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,10 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection, PathCollection
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.markers import MarkerStyle
 from matplotlib.text import Text
 from test_store import record
 from test_tables import certified, view
@@ -23,8 +28,8 @@ from attacks.streams import generator
 from bench import plots
 from bench.evals.saliency import saliency
 from bench.metrics import variance_ratio
-from bench.plots.style import BASELINE, COLOURS, line, styles_of
-from bench.store import Record, Store
+from bench.plots.style import BASELINE, COLOURS, Styles, lines, styles_of
+from bench.store import Metric, Record, Store
 from defenses.api import Images, Wrapped
 
 NAMES = [
@@ -301,10 +306,98 @@ def test_an_only_epoch_is_a_dot(tmp_path: Path) -> None:
     assert figure.axes[0].get_lines()[0].get_marker() == "."
 
 
-@pytest.mark.parametrize("count", [1, 2, 6])
-def test_intervals_of_a_single_budget_stand_beside_their_points(count: int) -> None:
+def bars(axes: Axes) -> list[tuple[float, float, float]]:
+    """Place and ends of every bar."""
+    collections = [own for own in axes.collections if isinstance(own, LineCollection)]
+    return [(float(a[0]), float(a[1]), float(b[1])) for own in collections for a, b in own.get_segments()]
+
+
+def marked(axes: Axes, styles: Styles) -> dict[tuple[float, float], str]:
+    """Whose marker stands where: told by its colour and shape, as a reader would."""
+    looks = {(to_rgba(style["color"]), _shape(style["marker"])): name for name, style in styles.items()}
+    found = {}
+    for own in (own for own in axes.collections if isinstance(own, PathCollection)):
+        name = looks[to_rgba(own.get_facecolor()[0]), own.get_paths()[0].vertices.tobytes()]
+        found |= {(float(x), float(y)): name for x, y in own.get_offsets()}
+    return found
+
+
+def _shape(marker: str) -> bytes:
+    style = MarkerStyle(marker)
+    return bytes(style.get_path().transformed(style.get_transform()).vertices.tobytes())
+
+
+@pytest.mark.parametrize(("count", "scale"), [(1, "linear"), (4, "linear"), (23, "linear"), (6, "log")])
+def test_every_marker_stands_on_the_bar_of_its_own_line(count: int, scale: str) -> None:
+    """All lines with the same values but other intervals; some lack places, as defenses lack attacks."""
     axes = Figure().add_subplot()
-    for index in range(count):
-        line(axes, [(0.1, 50.0, 40.0, 60.0)], str(index), {"color": "black"}, (index, count))
-    beside = [float(bar.get_segments()[0][0, 0]) for bar in axes.collections]
-    assert len(set(beside)) == count and all(abs(x - 0.1) < 0.01 for x in beside)
+    axes.set_xscale(scale)
+    styles = styles_of(f"d{i:02}" for i in range(count))
+    ends = {name: (40.0 - i, 60.0 + i) for i, name in enumerate(styles)}
+    places = (0.1, 0.2, 0.4)
+    kept = [places if number % 2 else places[::2] if count > 1 else places[:1] for number in range(count)]
+    lines(axes, [(n, [(x, 50.0, *ends[n]) for x in own], styles[n]) for n, own in zip(styles, kept, strict=True)])
+    told = marked(axes, styles)
+    assert len(told) == len(bars(axes)) == sum(map(len, kept)), "markers or bars cover each other"
+    measure, shifts = math.log if scale == "log" else float, set()
+    for x, low, high in bars(axes):
+        assert ends[told[x, 50.0]] == (low, high)
+        place = min(places, key=lambda place: abs(measure(place) - measure(x)))
+        shifts.add((told[x, 50.0], round(measure(x) - measure(place), 9)))
+    assert len(shifts) == count, "a line stands equally far aside at each of its places"
+    assert [tuple(np.asarray(own.get_xdata())) for own in axes.get_lines()] == kept, "the lines do not move"
+    assert all(own.get_markevery() == [] for own in axes.get_lines()), "a second marker, beside the bar"
+
+
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_intervals_of_a_single_budget_stand_beside_their_place(count: int) -> None:
+    axes = Figure().add_subplot()
+    styles = styles_of(f"d{i}" for i in range(count))
+    lines(axes, [(name, [(0.1, 50.0, 40.0, 60.0)], style) for name, style in styles.items()])
+    beside = {x for x, *_ in bars(axes)}
+    assert len(beside) == count and all(abs(x - 0.1) < 0.01 for x in beside)
+    assert beside == {x for x, _ in marked(axes, styles)}
+
+
+def test_few_lines_keep_their_markers_and_have_bands() -> None:
+    axes = Figure().add_subplot()
+    lines(axes, [(str(i), [(x, 50.0, 40.0, 60.0) for x in (0.1, 0.2)], {"marker": "o", "color": "C0"}) for i in range(3)])
+    assert bars(axes) == [] and len(axes.collections) == 3
+    assert [(np.asarray(own.get_xdata()).tolist(), own.get_markevery()) for own in axes.get_lines()] == [([0.1, 0.2], None)] * 3
+
+
+def attacked(variant: str, name: str, kind: str, metrics: list[Metric], status: str = "success") -> Record:
+    fields = {"kind": kind, "norm": "linf", "eps": [0.1], "images": 100}
+    defense = {"name": variant, "variant": variant, "fields": {}}
+    return record(defense=defense, eval={"name": name, "fields": fields}, metrics=metrics, status=status)
+
+
+def test_a_defense_looks_the_same_in_every_figure_of_a_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each figure shows other defenses: of the first few it lacks some."""
+    store = Store(tmp_path / "runs")
+    stands = partial(Metric, value=0.5, n=100, lower=0.4, upper=0.6, eps=0.1)
+    for name in "abcdefgh":
+        number = stands(metric="robust_accuracy", denominator="all")
+        store.write(attacked(name, "pgd", "robust", [number]))
+    for name in "cefh":
+        number = stands(metric="robust_accuracy_after", source="apgd")
+        store.write(attacked(name, "adaptive", "adaptive", [number]))
+    for name in "gh":
+        places = ("clean", "random", "gradient")
+        margins = [Metric(metric=f"margin_{at}", value=1.0, n=9, eps=0.1, unit="logits") for at in places]
+        store.write(attacked(name, "probe", "probe", margins))
+    store.write(certified("h@sigma=0.5", {0.0: 0.9}))
+    figures: dict[str, Figure] = {}
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.setdefault(path.stem, figure))
+    plots.draw(store, "tiny", tmp_path / "plots")
+    looks: dict[str, set[Any]] = {}
+    shown: dict[str, set[str]] = {}
+    for title, figure in figures.items():
+        for own in (own for axes in figure.axes for own in axes.get_lines() if not str(own.get_label()).startswith("_")):
+            looks.setdefault(str(own.get_label()), set()).add((own.get_color(), own.get_marker(), own.get_linestyle()))
+            shown.setdefault(title, set()).add(str(own.get_label()))
+    assert {title: "".join(sorted(names)) for title, names in shown.items()} == {
+        "robust": "abcdefgh", "convergence": "cefh", "gradients": "gh", "certified": "h",
+    }  # fmt: skip
+    assert [len(own) for own in looks.values()] == [1] * 8
+    assert len(set.union(*looks.values())) == 8

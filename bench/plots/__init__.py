@@ -14,7 +14,7 @@ from bench.plots.kernels import kernels
 from bench.plots.noise import noise
 from bench.plots.robust import robust
 from bench.plots.saliency import saliency
-from bench.plots.style import save
+from bench.plots.style import save, styles_of
 from bench.plots.training import training
 from bench.plots.transfer import differences, transfer
 from bench.plots.variance import variance
@@ -35,14 +35,15 @@ def draw(store: Store, suite: str, out: Path) -> list[Path]:
     records = [record for record in store.records(suite) if record.status == "success"]
     records.sort(key=lambda record: record.suite["budget"])
     figures: dict[str, Figure | None] = {"training": training(store.root / suite / "parts")}
+    styles = styles_of(record.defense["variant"] for record in records)  # a defense looks the same in every figure
     budgets = {record.suite["budget"] for record in records}
     for budget, group in groupby(records, key=lambda record: record.suite["budget"]):
         chosen, suffix = list(group), f"_{budget}" if len(budgets) > 1 else ""
-        figures[f"certified{suffix}"] = certified(chosen, store)
+        figures[f"certified{suffix}"] = certified(chosen, store, styles)
         figures[f"estimators{suffix}"] = estimators(chosen)
-        figures[f"robust{suffix}"] = robust(chosen)
-        figures[f"convergence{suffix}"] = convergence(chosen)
-        figures[f"gradients{suffix}"] = gradients(chosen)
+        figures[f"robust{suffix}"] = robust(chosen, styles)
+        figures[f"convergence{suffix}"] = convergence(chosen, styles)
+        figures[f"gradients{suffix}"] = gradients(chosen, styles)
         figures[f"variance{suffix}"] = variance(chosen)
         figures[f"transfer{suffix}"] = transfer(chosen)
         figures[f"noise{suffix}"] = noise(chosen)

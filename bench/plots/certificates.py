@@ -11,12 +11,12 @@ from matplotlib.figure import Figure
 
 from bench.columns import certificate
 from bench.metrics import whole_set_bound, wilson
-from bench.plots.style import COLOURS, MARKERS, legend, line, points_of, sheet, sigma_of, styles_of
+from bench.plots.style import COLOURS, MARKERS, Styles, legend, lines, points_of, sheet, sigma_of, styles_of
 from bench.store import Record, Store
 from bench.tables import without_sigma
 
 
-def certified(records: list[Record], store: Store | None = None) -> Figure | None:
+def certified(records: list[Record], store: Store | None = None, styles: Styles | None = None) -> Figure | None:
     """Certified accuracy, a panel a sigma, a line a defense: mean over seeds, or one seed.
 
     At the radii that were decided; whole radii, whose rows are read from ``store``, give a curve with its confidence band.
@@ -26,13 +26,15 @@ def certified(records: list[Record], store: Store | None = None) -> Figure | Non
         return None
     sigmas = sorted({sigma_of(record) for record in records})
     dotted = [DOTTED] if store is not None and any(_whole(record) for record in records) else []
-    figure, panels = sheet(len(sigmas), records, [*sorted({certificate(record) for record in records}), *dotted])
-    styles = styles_of([without_sigma(record.defense["variant"]) for record in records])
+    names = {without_sigma(record.defense["variant"]) for record in records}
+    figure, panels = sheet(len(sigmas), records, [*sorted({certificate(r) for r in records}), *dotted], len(names))
+    styles = styles or styles_of(record.defense["variant"] for record in records)
     for axes, sigma in zip(panels, sigmas, strict=True):
         chosen = [record for record in records if sigma_of(record) == sigma]
-        lines = sorted({(without_sigma(r.defense["variant"]), r.eval["name"], certificate(r)) for r in chosen})
-        variants = [line[0] for line in lines]
-        for index, (variant, name, kind) in enumerate(lines):  # estimators are never averaged: each has a line of its own
+        shown = sorted({(without_sigma(r.defense["variant"]), r.eval["name"], certificate(r)) for r in chosen})
+        variants = [one[0] for one in shown]
+        dots = []
+        for index, (variant, name, kind) in enumerate(shown):  # estimators are never averaged: each has a line of its own
             curves = [
                 r
                 for r in chosen
@@ -46,7 +48,8 @@ def certified(records: list[Record], store: Store | None = None) -> Figure | Non
             if store is not None and len(curves) == 1 and _whole(curves[0]):
                 _curve(axes, store.rows(curves[0]), label, style, curves[0].eval["fields"]["alpha"])
             else:
-                line(axes, points, label, style, (index, len(lines)))
+                dots.append((label, points, style))
+        lines(axes, dots)
         axes.set(xlabel=r"$\ell_2$ radius (pixels in [0, 1])", ylabel="certified accuracy (%)")
         axes.set_title(rf"$\sigma$ = {sigma:g}" if sigma else "", fontsize=9)
         axes.set_ylim(max(0, axes.get_ylim()[0]), 101)
@@ -86,16 +89,17 @@ def estimators(records: list[Record]) -> Figure | None:
     styles = {name: {"color": COLOURS[i], "marker": MARKERS[i]} for i, name in enumerate(names)}
     for row, record in enumerate(records):
         left, right = panels[2 * row : 2 * row + 2]
-        for index, name in enumerate(names):
+        curves = []
+        for name in names:
             own = [m for m in record.metrics if m.estimator == name]
             found = [m for m in own if m.metric == "certified_accuracy"]
-            if found:
-                line(left, points_of(found, "radius"), name, styles[name], (index, len(names)))
+            curves.append((name, points_of(found, "radius"), styles[name]))
             draws = [(m.radius, m.value) for m in own if m.metric == "draws_per_image"]
             if draws[0][0] is None:
                 right.axhline(draws[0][1], color=styles[name]["color"], lw=1, ls=":", label=f"{name}, one run for all")
             else:
                 right.plot(*zip(*draws, strict=True), lw=1.3, ms=4, label=name, **styles[name])  # type: ignore[arg-type]
+        lines(left, curves)
         left.set(xlabel=r"$\ell_2$ radius (pixels in [0, 1])", ylabel="certified accuracy (%)")
         right.set(xlabel=r"$\ell_2$ radius (pixels in [0, 1])", ylabel="mean draws an image", yscale="log")
         left.set_title(rf"{without_sigma(record.defense['variant'])}, $\sigma$ = {sigma_of(record):g}", fontsize=9)

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench.plots.style import broken, legend, line, points_of, sheet, styles_of
+from bench.plots.style import Styles, broken, legend, lines, points_of, sheet, styles_of
 from bench.store import Metric, Record
 
 Panel = tuple[str, float]
@@ -19,7 +19,7 @@ LETTERS = 14
 """Of a line of an attack's name below an axis."""
 
 
-def convergence(records: list[Record]) -> Figure | None:
+def convergence(records: list[Record], styles: Styles | None = None) -> Figure | None:
     """Accuracy left after each attack of an evaluation that runs several in turn, a panel an evaluation and budget.
 
     Honest networks have lost what they lose to the first ones; a line that goes on falling says that those were too weak.
@@ -28,16 +28,14 @@ def convergence(records: list[Record]) -> Figure | None:
     found = sorted({(record.eval["name"], metric.eps or 0.0) for record in shown for metric in _after(record.metrics)})
     if not found:
         return None
-    figure, panels = sheet(
-        len(found), shown, ["each attack is given what stood after those to its left; percentage of all images"]
-    )
-    styles = styles_of([record.defense["variant"] for record in shown])
+    note = "each attack is given what stood after those to its left; percentage of all images"
+    figure, panels = sheet(len(found), shown, [note], len({record.defense["variant"] for record in shown}))
+    styles = styles or styles_of(record.defense["variant"] for record in shown)
     for axes, (name, eps) in zip(panels, found, strict=True):
         numbers = {variant: _numbers(shown, variant, name, eps) for variant in styles}
         order = _order(list(dict.fromkeys(m.source or "" for m in found)) for found in numbers.values())
-        for index, (variant, style) in enumerate(styles.items()):
-            points = points_of(numbers[variant], partial(_place, order))
-            line(axes, points, variant, style, (index, len(styles)))
+        place = partial(_place, order)
+        lines(axes, [(variant, points_of(numbers[variant], place), style) for variant, style in styles.items()])
         axes.set_title(f"{name.replace('_', ' ')}, $\\epsilon$ = {eps:.4g}", fontsize=9)
         axes.set(ylabel="accuracy left (%)", ylim=(-2, 102))
         labels = [broken(attack, LETTERS) for attack in order]
@@ -71,7 +69,7 @@ def _order(chains: Iterable[list[str]]) -> list[str]:
     return order
 
 
-def gradients(records: list[Record]) -> Figure | None:
+def gradients(records: list[Record], styles: Styles | None = None) -> Figure | None:
     """What the probe saw of gradients, two panels a budget: the share that vanishes at each step of PGD, and the margin of the
     most likely wrong class at the image, at random points of the ball's edge and after one step along the gradient.
 
@@ -82,14 +80,16 @@ def gradients(records: list[Record]) -> Figure | None:
     if not budgets:
         return None
     note = "of the images that the model gets right; margin: largest wrong logit minus the right one"
-    figure, panels = sheet(2 * len(budgets), probes, [note])
-    styles = styles_of([record.defense["variant"] for record in probes])
+    figure, panels = sheet(2 * len(budgets), probes, [note], len({record.defense["variant"] for record in probes}))
+    styles = styles or styles_of(record.defense["variant"] for record in probes)
     for left, right, eps in zip(panels[::2], panels[1::2], budgets, strict=True):
-        for index, (variant, style) in enumerate(styles.items()):
+        shares = []
+        for variant, style in styles.items():
             own = [m for r in probes if r.defense["variant"] == variant for m in r.metrics if m.eps == eps]
             steps = [m for m in own if m.metric == "vanishing_gradients_at_step"]
-            line(left, points_of(steps, _step), variant, style, (index, len(styles)))
+            shares.append((variant, points_of(steps, _step), style))
             _margins(right, own, variant, style)
+        lines(left, shares)
         left.set(xlabel=f"step of PGD, $\\epsilon$ = {eps:.4g}", ylabel="vanishing gradients (%)", ylim=(-2, 102))
         right.set(xlabel=f"where, $\\epsilon$ = {eps:.4g}", ylabel="margin (logits)")
         right.axhline(0, color="black", lw=0.8)

@@ -15,7 +15,7 @@ from bench import published
 from bench.figures import METRICS, Curves, FigureError, View
 from bench.plots.activations import counted, depth, kernel_changes, layer_changes, middle
 from bench.plots.kernels import mosaic, tiles
-from bench.plots.style import Points, line, points_of
+from bench.plots.style import Points, lines, points_of
 from bench.plots.transfer import counted as counted_images
 from bench.plots.transfer import heat_map
 from bench.plots.variance import margin, radii, samples
@@ -37,15 +37,16 @@ IMPOSSIBLE: dict[str, Any] = {"linestyle": "", "marker": "x", "ms": 6, "mew": 1.
 
 def curves(axes: Axes, panel: Curves, suite: str, found: Mapping[str, Shown], looks: Looks) -> None:
     """Draw a line a defense, and what is printed."""
+    if panel.log:
+        axes.set_xscale("log")
+    lines(axes, [(own.label, values(panel, found[own.label]), looks[own.label]) for own in panel.lines])
     for index, own in enumerate(panel.lines):
-        line(axes, values(panel, found[own.label]), own.label, looks[own.label], (index, len(panel.lines)))
         _draw_printed(axes, printed(panel, index), panel.x, looks[own.label])
     axes.set(xlabel=panel.xlabel or _axis(panel, suite), ylabel=METRICS[panel.metric], ylim=(-2, 102))
     if panel.log:
-        axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
     elif panel.x:
-        axes.set_xlim(left=0)
+        axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))  # markers at 0 may stand aside
     else:
         places = sorted({place for shown in found.values() for place in shown if place is not None})
         margin = 0.08 * (places[-1] - places[0]) or 0.5

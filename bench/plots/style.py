@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.store import Metric, Record
+from bench.tables import without_sigma
 
 # Okabe & Ito 2008 without yellow (too faint on white), then indigo, wine and olive of Tol 2021 (muted): distinct for
 # colour-blind readers; markers, one a colour, carry the same information in grey.
@@ -50,39 +52,76 @@ def points_of(metrics: list[Metric], place: str | Callable[[Metric], float]) -> 
     return points
 
 
-def line(axes: Axes, points: Points, label: str, style: dict[str, Any], place: tuple[int, int] = (0, 1)) -> None:
-    """A line with its intervals: a band, or bars for a single point and for line number ``place[0]`` of many (``place[1]``)."""
-    if not points:
-        return
-    xs = [point[0] for point in points]
-    axes.plot(xs, [point[1] for point in points], label=label, ms=3.5, lw=1.2, **style)
-    ends = [(x, low, high) for x, _, low, high in points if low is not None and high is not None]
-    if not ends:
-        return
-    x, low, high = zip(*ends, strict=True)
-    index, count = place
-    if count > BANDS or len(x) == 1:  # of a single point a band has no width
-        step = xs[1] - xs[0] if len(xs) > 1 else xs[0] / 2 or 1.0
-        beside = [value + 0.04 * step * (index - (count - 1) / 2) for value in x]
-        axes.vlines(beside, low, high, color=style["color"], alpha=0.4, lw=0.8)
-    else:
-        axes.fill_between(x, low, high, color=style["color"], alpha=0.12, lw=0)
+Style = Mapping[str, Any]
+"""Colour, marker and dashes."""
+
+Styles = dict[str, dict[str, Any]]
+"""Those of defenses, by name."""
+
+
+def lines(axes: Axes, named: Sequence[tuple[str, Points, Style]]) -> None:
+    """The lines of a panel, each with label and style, and their intervals: bands, or bars where bands would show nothing.
+
+    Bars of one place would hide each other, so they stand side by side, and every marker stands on its bar: colours repeat, and
+    only markers tell whose a bar is. Lines stay where they are: moved aside a steep one would seem to be higher or lower than
+    it is. A scale must be set before.
+    """
+    drawn = [one for one in named if one[1]]
+    beside = _aside(axes, [points for _, points, _ in drawn])
+    for number, (label, points, style) in enumerate(drawn):
+        xs, ys = [point[0] for point in points], [point[1] for point in points]
+        (line,) = axes.plot(xs, ys, label=label, ms=3.5, lw=1.2, **style)
+        ends = [(x, low, high) for x, _, low, high in points if low is not None and high is not None]
+        if not ends:
+            continue
+        x, low, high = zip(*ends, strict=True)
+        if len(drawn) > BANDS or len(ends) == 1:  # of a single point a band has no width
+            axes.vlines([beside(number, place) for place in x], low, high, color=style["color"], alpha=0.7, lw=0.9)
+            line.set(markevery=[], lw=0.8, alpha=0.6)  # its legend shows the marker all the same
+            look = {"marker": style.get("marker"), "color": style["color"], "alpha": style.get("alpha")}
+            axes.scatter([beside(number, place) for place in xs], ys, s=3.5**2, zorder=3, **look)
+        else:
+            axes.fill_between(x, low, high, color=style["color"], alpha=0.12, lw=0)
 
 
 BANDS = 3
-"""More lines than this get bars for intervals, beside the points: bands on top of each other show nothing."""
+"""More lines than this get bars for intervals: bands on top of each other show nothing."""
+
+NEAR = 0.7
+"""Of the way to the next place, what the markers of all lines take at most."""
+
+MARKER = 0.018
+"""Of a panel's width, what a marker takes."""
 
 
-def styles_of(variants: list[str]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and dashes of each variant; randomised smoothing is the baseline."""
-    names = sorted(set(variants))
+def _aside(axes: Axes, every: Sequence[Points]) -> Callable[[int, float], float]:
+    """Where markers of line number i stand for a place x: no further apart than they need, nearer to x than to other places."""
+    scale = axes.xaxis.get_transform()
+    places = np.unique(scale.transform([x for points in every for x, *_ in points]))
+    gap, span = (min(np.diff(places)), np.ptp(places)) if len(places) > 1 else [abs(places).sum() or 1.0] * 2
+    step = min(NEAR * gap / max(1, len(every) - 1), MARKER * span)
+
+    def beside(number: int, x: float) -> float:
+        return float(scale.inverted().transform(scale.transform(x) + step * (number - (len(every) - 1) / 2)))
+
+    return beside
+
+
+def styles_of(variants: Iterable[str]) -> Styles:
+    """Colour, marker and dashes of each variant, and of its name without a sigma; randomised smoothing is the baseline.
+
+    Figures that shall agree are given the same styles.
+    """
+    every = set(variants)
+    plain = {without_sigma(name) for name in every}
+    names = [*sorted(plain), *sorted(every - plain)]  # certificates show the plain ones, to which the clearest colours go
     baselines = [name for name in names if name.partition("@")[0] == "randsmooth"]
     return styles_in_order([name for name in names if name not in baselines], baselines)
 
 
-def styles_in_order(others: Sequence[str], baselines: Sequence[str]) -> dict[str, dict[str, Any]]:
+def styles_in_order(others: Sequence[str], baselines: Sequence[str]) -> Styles:
     """Colour, marker and dashes of each name, those of the palette in order; baselines are grey and dashed."""
-    styles: dict[str, dict[str, Any]] = {}
+    styles: Styles = {}
     for index, name in enumerate(baselines):
         styles[name] = {"color": BASELINE, "marker": MARKERS[index % len(MARKERS)], "linestyle": "--"}
     for index, name in enumerate(others):
@@ -93,9 +132,9 @@ def styles_in_order(others: Sequence[str], baselines: Sequence[str]) -> dict[str
     return styles
 
 
-def sheet(count: int, records: list[Record], extra: list[str]) -> tuple[Figure, list[Axes]]:
-    """Panels in rows of three, and in small print what was measured on what."""
-    figure, panels = page(count, min(count, 3), (2.9, 2.7))
+def sheet(count: int, records: list[Record], extra: list[str], curves: int = 0) -> tuple[Figure, list[Axes]]:
+    """Panels in rows of three, or of two where many lines need room for bars, and in small print what was measured on what."""
+    figure, panels = page(count, min(count, 2), (4.35, 3.2)) if curves > BANDS else page(count, min(count, 3), (2.9, 2.7))
     for axes in panels:
         tidy(axes)
     images = sorted({f"{r.eval['fields']['images']}" for r in records}, key=int)
@@ -110,13 +149,16 @@ def page(count: int, columns: int, size: tuple[float, float]) -> tuple[Figure, l
     figure = Figure(figsize=(max(4.6, size[0] * columns), size[1] * rows + 0.5), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
     for spare in panels[count:]:
-        spare.set_visible(False)
+        spare.remove()
     return figure, panels[:count]
 
 
 OVER_IMAGES = "bands: 95 % intervals over images"
 
-INTERVALS = "bands and bars: 95 % intervals over images; of several trainings the mean and one standard deviation"
+INTERVALS = (
+    "bands and bars: 95 % intervals over images, bars beside their place together with their markers; of several trainings "
+    "the mean and one standard deviation"
+)
 
 SMALL: dict[str, Any] = {"fontsize": 6, "color": "#444444"}
 

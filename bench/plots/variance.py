@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from bench.metrics import variance_ratio
-from bench.plots.style import BASELINE, COLOURS, MARKERS, Points, line, percent, sheet, sigma_of
+from bench.plots.style import BASELINE, COLOURS, MARKERS, Points, lines, percent, sheet, sigma_of
 from bench.store import Record
 from bench.tables import without_sigma
 
@@ -36,7 +36,7 @@ def margin(axes: Axes, record: Record) -> None:
     measured = [m for m in record.metrics if m.metric == "margin_variance_ratio"]
     zeta = next(m.value for m in record.metrics if m.metric == "margin_correlation_fitted")
     points: Points = [(m.members or 0, m.value, m.lower, m.upper) for m in measured]
-    line(axes, points, "measured", {"color": COLOURS[0], "marker": "o", "linestyle": ""})
+    lines(axes, [("measured", points, {"color": COLOURS[0], "marker": "o", "linestyle": ""})])
     ks = [1 + i * (len(points) - 1) / 50 for i in range(51)]
     axes.plot(ks, [variance_ratio(k, zeta) for k in ks], color=COLOURS[1], lw=1.3, label=r"$(1 + \zeta (k - 1)) / k$")
     axes.axhline(zeta, color=BASELINE, lw=1, ls="--", label=rf"$\zeta$ = {zeta:.2f} (fitted)")
@@ -50,7 +50,7 @@ def radii(axes: Axes, record: Record) -> None:
     most = max(record.eval["fields"]["n"])
     chosen = [m for m in record.metrics if m.metric == "acr" and m.draws == most]
     points: Points = [(m.members or 0, m.value, m.lower, m.upper) for m in chosen]
-    line(axes, points, f"n = {most}", {"color": COLOURS[0], "marker": "o"})
+    lines(axes, [(f"n = {most}", points, {"color": COLOURS[0], "marker": "o"})])
     axes.set(xlabel="members k", ylabel=r"average certified radius ($\ell_2$)", xticks=[m.members for m in chosen])
     axes.legend(fontsize=6, frameon=False)
 
@@ -60,14 +60,17 @@ def samples(axes: Axes, record: Record) -> None:
     found = [m for m in record.metrics if m.metric == "certified_accuracy"]
     radius = max(m.radius or 0.0 for m in found)
     least = min(record.eval["fields"]["n"])
-    lines = {
+    chosen = {
         "one network, more samples": [m for m in found if m.radius == radius and m.members == 1],
         f"more members, n = {least}": [m for m in found if m.radius == radius and m.draws == least],
     }
-    for index, (label, chosen) in enumerate(lines.items()):
-        points: Points = sorted(((m.members or 0) * (m.draws or 0), 100 * m.value, *percent(m)) for m in chosen)
-        line(axes, points, label, {"color": COLOURS[1 - index], "marker": MARKERS[index]})
-    axes.set(xlabel="network evaluations per image (k n)", ylabel=f"certified accuracy (%) at {radius:g}", xscale="log")
+    curves = []
+    for index, (label, own) in enumerate(chosen.items()):
+        points: Points = sorted(((m.members or 0) * (m.draws or 0), 100 * m.value, *percent(m)) for m in own)
+        curves.append((label, points, {"color": COLOURS[1 - index], "marker": MARKERS[index]}))
+    axes.set_xscale("log")
+    lines(axes, curves)
+    axes.set(xlabel="network evaluations per image (k n)", ylabel=f"certified accuracy (%) at {radius:g}")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_minor_formatter(NullFormatter())
