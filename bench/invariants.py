@@ -143,7 +143,7 @@ def _between(kind: str, strong: Sequence[Judged], weak: Judged, what: str) -> It
 def _compared(attacks: Sequence[Judged]) -> Iterator[Finding]:
     """I2, I3, I4 and I9, of attacks on one classifier in one norm."""
     for a, b in permutations(attacks, 2):
-        if _stronger(a.settings, b.settings):
+        if a.own and b.own and _stronger(a.settings, b.settings):  # effort spent on another model may be lost on this one
             yield from _between("more_effort_does_less", [a], b, "an attack does less with more effort")
         if (a.role == "cascade" and b.role not in ("cascade", "adaptive")) or (a.role == "adaptive" and b.role != "adaptive"):
             # Attacks that know the defense may find more than AutoAttack, see _hidden.

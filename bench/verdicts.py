@@ -62,6 +62,7 @@ class Judged:
         noise: standard deviation of the noise that is part of the classifier; 0 for the network as it is.
         at: budget -> whether each image stands, by image id.
         settings: of the attack.
+        own: whether it was on this classifier; images of a member or of another model it only has to judge.
     """
 
     record: Record
@@ -71,6 +72,7 @@ class Judged:
     noise: float
     at: Mapping[float, pd.Series]
     settings: Mapping[str, Any]
+    own: bool = True
 
     @property
     def name(self) -> str:
@@ -136,7 +138,7 @@ def _black_box(record: Record, rows: pd.DataFrame) -> Iterator[Judged]:
     fields, searches = record.eval["fields"], [name for name in rows if str(name).startswith("wrong ")]
     at = {eps: _series(part, part.clean_correct & ~part[searches].any(axis=1)) for eps, part in _by_eps(rows)}
     words = f"{fields['attack']} on {', '.join(fields['sources'])}"
-    yield Judged(record, words, "black box", fields["norm"], 0.0, at, {"attack": fields["attack"]})
+    yield Judged(record, words, "black box", fields["norm"], 0.0, at, {"attack": fields["attack"]}, own=False)
 
 
 def _transfer(record: Record, rows: pd.DataFrame) -> Iterator[Judged]:
@@ -150,7 +152,7 @@ def _transfer(record: Record, rows: pd.DataFrame) -> Iterator[Judged]:
         ("black box", others, "its members"),
     ):
         at = {eps: _series(part, part[right] & ~part[columns].any(axis=1)) for eps, part in _by_eps(rows)}
-        yield Judged(record, f"{attack} on {where}", role, fields["norm"], 0.0, at, fields)
+        yield Judged(record, f"{attack} on {where}", role, fields["norm"], 0.0, at, fields, own=columns == [own])
 
 
 def _probe(record: Record, rows: pd.DataFrame) -> Iterator[Judged]:

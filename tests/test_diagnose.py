@@ -93,22 +93,24 @@ class Case:
         ]
         return self.write("adaptive", "adaptive", pd.concat(tables), {"norm": "linf", "eps": [0.1, 0.2]}, **changes)
 
-    def black_box(self, reach: np.ndarray, attack: str = "diverse_mim", **changes: Any) -> Record:
+    def black_box(self, reach: np.ndarray, attack: str = "diverse_mim", name: str = "surrogates", **changes: Any) -> Record:
         tables = [
             pd.DataFrame({"id": IDS, "eps": eps, "clean_correct": True, "wrong naive": reach <= eps, "wrong nt": False})
             for eps in (0.1, 0.2)
         ]
         fields = {"attack": attack, "norm": "linf", "eps": [0.1, 0.2], "sources": ["naive", "nt"]}
-        return self.write("black_box", "surrogates", pd.concat(tables), fields, **changes)
+        return self.write("black_box", name, pd.concat(tables), fields, **changes)
 
-    def transfer(self, own: np.ndarray, others: np.ndarray) -> Record:
-        tables = []
+    def transfer(self, own: np.ndarray, *others: np.ndarray, **settings: Any) -> Record:
+        """Images that the ensemble finds, and those that its first members do; the others' fool nobody."""
+        reached, tables = [*others, np.full(N, FAR)], []
         for eps in (0.1, 0.2):
             columns = {f"correct_{name}": True for name in ("0", "1", "ensemble")}
-            wrong = {"0_ensemble": others <= eps, "1_ensemble": False, "ensemble_ensemble": own <= eps, "0_1": True}
+            wrong = {f"{member}_ensemble": reached[member] <= eps for member in (0, 1)}
+            wrong |= {"ensemble_ensemble": own <= eps, "0_1": np.full(N, True)}
             tables.append(pd.DataFrame({"id": IDS, "eps": eps, **columns, **{f"wrong_{k}": v for k, v in wrong.items()}}))
         fields = {"attack": "pgd", "norm": "linf", "eps": [0.1, 0.2], "steps": 50, "restarts": 1, "step": "eps/5"}
-        return self.write("transfer", "transfer", pd.concat(tables), fields)
+        return self.write("transfer", "transfer", pd.concat(tables), {**fields, **settings})
 
     def certified(self, fewest: int = 600, radius: np.ndarray | None = None, **changes: Any) -> Record:
         """Fixed estimator, more votes from image to image, and the radius that they prove."""
@@ -196,6 +198,12 @@ def i2_random_start(case: Case) -> None:
     case.robust("fgsm", "fgsm", changed(EDGE, FAR))
 
 
+def i2_on_itself(case: Case) -> None:
+    """Of a transfer, what is crafted on the ensemble is an attack on the ensemble."""
+    case.transfer(changed(EDGE, FAR), EDGE + 1, attack="fgsm", steps=1)
+    case.robust("r_fgsm", "r_fgsm", EDGE)
+
+
 def i3_square(case: Case) -> None:
     case.pgd(reach=changed(EDGE, FAR))
     case.robust("square", "square", EDGE, fields={"proposals": 1000})
@@ -208,6 +216,10 @@ def i3_surrogates(case: Case) -> None:
 
 def i3_transfer(case: Case) -> None:
     case.transfer(changed(EDGE, FAR), EDGE)
+
+
+def i3_second_member(case: Case) -> None:
+    case.transfer(changed(EDGE, FAR), 2 * EDGE, EDGE)
 
 
 def i3_single_step(case: Case) -> None:
@@ -282,9 +294,11 @@ VIOLATIONS: list[tuple[Callable[[Case], None], str, list[int]]] = [
     (i2_proposals, "more_effort_does_less", NAMES),
     (i2_family, "more_effort_does_less", NAMES),
     (i2_random_start, "more_effort_does_less", NAMES),
+    (i2_on_itself, "more_effort_does_less", NAMES),
     (i3_square, "black_box_stronger", NAMES),
     (i3_surrogates, "black_box_stronger", NAMES),
     (i3_transfer, "black_box_stronger", NAMES),
+    (i3_second_member, "black_box_stronger", NAMES),
     (i3_single_step, "black_box_stronger", NAMES),
     (i3_cascade, "black_box_stronger", NAMES),
     (i4_component, "worst_case_beaten", NAMES),
@@ -351,6 +365,33 @@ def test_other_classifiers_norms_and_images_are_not_compared(case: Case) -> None
     case.robust("l2", "fgsm", EDGE, fields={"norm": "l2"})
     case.robust("elsewhere", "fgsm", EDGE, table=Case.rows(EDGE, 0.2).assign(id=IDS + 1000))
     case.robust("wider", "fgsm", EDGE, eps=(0.3,))
+    assert case.kinds == []
+
+
+def effort_on_another(case: Case) -> None:
+    case.robust("r_fgsm", "r_fgsm", EDGE)
+    case.black_box(changed(EDGE, FAR), "fgsm")
+
+
+def effort_on_members(case: Case) -> None:
+    case.robust("r_fgsm", "r_fgsm", EDGE)
+    case.transfer(EDGE, changed(EDGE, FAR), attack="fgsm", steps=1)
+
+
+def less_on_another(case: Case) -> None:
+    case.robust("fgsm", "fgsm", changed(EDGE, FAR))
+    case.black_box(EDGE, "r_fgsm")
+
+
+def all_on_another(case: Case) -> None:
+    """Auto-PGD ends where its source is wrong, and PGD takes all its steps."""
+    case.black_box(changed(EDGE, FAR), "apgd", "black_apgd")
+    case.black_box(EDGE, "pgd", "black_pgd")
+
+
+@pytest.mark.parametrize("make", [effort_on_another, effort_on_members, less_on_another, all_on_another])
+def test_effort_spent_on_another_model_is_not_compared(case: Case, make: Callable[[Case], None]) -> None:
+    make(case)
     assert case.kinds == []
 
 
