@@ -123,8 +123,8 @@ class Case:
             "certified", "certified", changes.pop("table", table), {**fields, **changes.pop("fields", {})}, **changes
         )
 
-    def smoothed(self, reach: np.ndarray) -> Record:
-        fields = {"norm": "l2", "noise": 0.5, "eot": 20, "steps": 20, "restarts": 1}
+    def smoothed(self, reach: np.ndarray, **changes: Any) -> Record:
+        fields = {"norm": "l2", "noise": 0.5, "eot": 20, "steps": 20, "restarts": 1, **changes}
         return self.robust("smoothed", "pgd", reach, eps=(0.25, 0.5), fields=fields)
 
     @property
@@ -333,6 +333,42 @@ def test_what_chance_may_do_is_not_found(case: Case, more: int, fewer: int, told
     case.pgd(reach=changed(EDGE, FAR, slice(0, more)), eps=(0.3,))
     case.robust("fgsm", "fgsm", changed(EDGE, FAR, slice(20, 20 + fewer)), eps=(0.3,))
     assert case.kinds == (["fgsm_stronger_than_pgd"] if told else [])
+
+
+@pytest.mark.parametrize(("count", "told"), [(10, False), (11, True)])
+def test_a_gap_to_attacks_that_know_the_defense_may_be_of_a_twentieth(case: Case, count: int, told: bool) -> None:
+    """Of 200 images, where so many are beyond chance."""
+    by = np.where(np.arange(200) < count, "members: half", "apgd_ce")
+    rows = pd.DataFrame({"id": np.arange(200), "eps": 0.1, "clean_correct": True, "broken_by": by})
+    case.write("adaptive", "adaptive", rows, {"norm": "linf", "eps": [0.1], "images": 200})
+    assert case.kinds == ["adaptive_much_stronger"] * told
+
+
+@pytest.mark.parametrize(
+    ("dataset", "count", "told"),
+    [("digits", 10, False), ("digits", 11, True), ("cifar100", 2, False), ("cifar100", 3, True)],
+)
+def test_as_many_may_stand_within_everything_as_are_guessed(case: Case, dataset: str, count: int, told: bool) -> None:
+    """Two standard errors above one image of ten, or of a hundred: 10.6 and 2.1 of 60."""
+    task = {"dataset": dataset, "architecture": "lenet5"}
+    case.pgd(reach=changed(EDGE, FAR, slice(0, count)), eps=(1.0,), task=task)
+    assert case.kinds == ["unbounded_stands"] * told
+
+
+@pytest.mark.parametrize(
+    ("norm", "beyond", "told"), [("linf", 1e-7, False), ("linf", 4e-7, True), ("l2", 4e-5, False), ("l2", 7e-5, True)]
+)
+def test_a_point_may_lie_outside_its_ball_by_rounding_alone(case: Case, norm: str, beyond: float, told: bool) -> None:
+    case.pgd(eps=(0.1,), fields={"norm": norm}, table=Case.rows(EDGE, 0.1).assign(distance=0.1 + beyond))
+    assert case.kinds == ["outside_budget"] * told
+
+
+@pytest.mark.parametrize("other", [{"noise": 0.25}, {"noise": 0.0}, {"norm": "linf"}], ids=str)
+def test_a_certificate_says_nothing_of_another_noise_or_norm(case: Case, other: dict[str, Any]) -> None:
+    """What falls within its radius elsewhere takes nothing from it."""
+    case.certified(fewest=1000)
+    case.smoothed(np.full(N, 0.2), **other)
+    assert case.kinds == []
 
 
 def test_certified_accuracy_that_rises_in_the_numbers_is_found(case: Case) -> None:
