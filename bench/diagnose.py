@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from bench.invariants import inconsistencies
 from bench.metrics import wilson
 from bench.partial import StoreError
 from bench.store import Finding, Record, Store
+from bench.unseen import Unseen, looking, unseen
 from bench.verdicts import HELPS
 
 STATUSES = {
@@ -87,7 +89,8 @@ SIGNS = {
     "training_ended_early": Sign(False, TOLD),
     "unreviewed": Sign(False, TOLD),
 }
-"""Every kind of finding; kinds that are not here are for information."""
+OTHER = Sign(False, TOLD)
+"""Every kind of finding, and whatever else there may be."""
 
 CERTIFYING = ("certified", "votes", "variance")
 """Kinds of evaluations with certificates; "challenge" attacks them."""
@@ -115,7 +118,7 @@ class Diagnosis:
 
     def flags(self, finding: Finding) -> bool:
         """Whether a finding makes the status "flagged"."""
-        sign = SIGNS.get(finding.kind, Sign(False, TOLD))
+        sign = SIGNS.get(finding.kind, OTHER)
         if not sign.flags or sign.least < 0:
             return sign.flags
         names = finding.evidence["evaluations"]
@@ -140,11 +143,20 @@ class Diagnosis:
         return self.about(record.eval["name"] for record in self.records if certifies(record))
 
     @property
+    def done(self) -> list[Record]:
+        """Those that are finished and whose rows are there."""
+        unread = {name for own in self.findings if own.kind == "unreadable_rows" for name in own.evidence["evaluations"]}
+        return [record for record in self.records if record.status == "success" and record.eval["name"] not in unread]
+
+    @cached_property
+    def unseen(self) -> list[Unseen]:
+        """What no evaluation looked at; nothing where there are certificates alone, whatever the gradients."""
+        return unseen(self.records, self.done) if self.attacks.records else []
+
+    @property
     def status(self) -> str:
         """A word of :data:`STATUSES`."""
-        unread = {name for own in self.findings if own.kind == "unreadable_rows" for name in own.evidence["evaluations"]}
-        done = [record for record in self.records if record.status == "success" and record.eval["name"] not in unread]
-        kinds = {record.eval["fields"].get("kind") for record in done}
+        kinds = {record.eval["fields"].get("kind") for record in self.done}
         broken = any(record.eval["fields"].get("kind") == "challenge" and record.status == "error" for record in self.records)
         if any(self.flags(finding) for finding in self.findings):
             return "flagged"
@@ -152,17 +164,14 @@ class Diagnosis:
             return "certified"
         if "adaptive" in kinds:
             return "unreviewed" if any(finding.kind == "unreviewed" for finding in self.findings) else "adaptive"
-        whole = any(fields.get("attack") == "autoattack" and fields.get("version") in WHOLE for fields in map(_fields, done))
+        robust = [record.eval["fields"] for record in self.done if record.eval["fields"].get("kind") == "robust"]
+        whole = any(fields.get("attack") == "autoattack" and fields.get("version") in WHOLE for fields in robust)
         return "autoattack-ok" if whole else "unreviewed"
 
 
 def certifies(record: Record) -> bool:
     """Whether a record is about certificates."""
     return record.eval["fields"].get("kind") in (*CERTIFYING, "challenge")
-
-
-def _fields(record: Record) -> dict[str, Any]:
-    return record.eval["fields"] if record.eval["fields"].get("kind") == "robust" else {}
 
 
 Place = tuple[str, str, str, int]
@@ -250,24 +259,23 @@ def render(told: Sequence[Told], fmt: str = "text") -> str:
         raise ValueError(f"unknown format {fmt!r}; known are {', '.join(FORMATS)}")
     if fmt == "json":
         return json.dumps([_raw(*one) for one in told], indent=1, allow_nan=False)
-    return "\n".join(line for one in told for line in _lines(*one))
+    commands = looking((diagnosis.records[0], diagnosis.unseen) for diagnosis, _ in told)
+    lines = [line for one in told for line in _lines(*one)]
+    return "\n".join([*lines, *(["What would look:"] if commands else []), *commands])
 
 
 def _raw(diagnosis: Diagnosis, findings: Iterable[Finding]) -> dict[str, Any]:
     place = dict(zip(("suite", "budget", "defense", "seed"), diagnosis.place, strict=True))
-    words = {side: own.status for side, own in _sides(diagnosis).items()}
-    kept = [{**own.model_dump(), "flags": diagnosis.flags(own), "means": _means(own)} for own in findings]
-    return {**place, "status": diagnosis.status, "of": words, "findings": kept}
+    kept = [{**own.model_dump(), "flags": diagnosis.flags(own), "means": SIGNS.get(own.kind, OTHER).text} for own in findings]
+    words = {"status": diagnosis.status, "of": {side: own.status for side, own in _sides(diagnosis).items()}}
+    gaps, commands = [asdict(own) for own in diagnosis.unseen], looking([(diagnosis.records[0], diagnosis.unseen)])
+    return {**place, **words, "findings": kept, "not_looked_at": gaps, "commands": commands}
 
 
 def _sides(diagnosis: Diagnosis) -> dict[str, Diagnosis]:
     """Attacks and certificates, if there are both."""
     both = {"attacks": diagnosis.attacks, "certificates": diagnosis.certificates}
     return both if all(own.records for own in both.values()) else {}
-
-
-def _means(finding: Finding) -> str:
-    return SIGNS.get(finding.kind, Sign(False, TOLD)).text
 
 
 def _lines(diagnosis: Diagnosis, findings: Sequence[Finding]) -> Iterable[str]:
@@ -277,7 +285,7 @@ def _lines(diagnosis: Diagnosis, findings: Sequence[Finding]) -> Iterable[str]:
     for finding in sorted(findings, key=lambda own: not diagnosis.flags(own)):
         mark = "!" if diagnosis.flags(finding) else "-"
         evaluations = ", ".join(finding.evidence["evaluations"])
-        yield f"  {mark} {finding.kind} ({_means(finding)}; {evaluations}): {finding.detail}"
+        yield f"  {mark} {finding.kind} ({SIGNS.get(finding.kind, OTHER).text}; {evaluations}): {finding.detail}"
         shown = {name: value for name, value in finding.evidence.items() if name not in ("evaluations", "images", "count")}
         images = finding.evidence.get("images", [])
         if images:
@@ -287,3 +295,5 @@ def _lines(diagnosis: Diagnosis, findings: Sequence[Finding]) -> Iterable[str]:
             yield "      " + "; ".join(f"{name}: {value}" for name, value in shown.items())
     if not findings:
         yield "    no findings"
+    if diagnosis.unseen:
+        yield f"  ? not looked at: {'; '.join(gap.words for gap in diagnosis.unseen)}"

@@ -17,8 +17,9 @@ from attacks import ATTACKS, DiverseMim
 from attacks.apgd import Apgd
 from attacks.gradient import Fgsm, Pgd
 from bench import cli
-from bench.diagnose import SIGNS, STATUSES, Diagnosis, diagnose
+from bench.diagnose import SIGNS, STATUSES, Diagnosis, diagnose, render
 from bench.store import Finding, Metric, Record, Store
+from bench.suites import load_suite
 from bench.tables import body, summaries
 from bench.verdicts import BLACK_BOX, ITERATED, KNOWN, ROLES, SINGLE
 from defenses import bounds
@@ -540,6 +541,81 @@ def test_every_attack_has_its_role() -> None:
     assert set(BLACK_BOX) <= set(ATTACKS) and set(KNOWN) <= set(ITERATED) | {"apgd_ce"}
 
 
+# What nobody looked at
+
+LEAD = "where gradients lead, unbounded eps, single noise draws (no probe"
+OTHERS = "images of other models (no transfer or black_box"
+
+
+def suite_of(name: str) -> dict[str, Any]:
+    return {"name": name, "version": 1, "budget": "quick"}
+
+
+def told(store: Store) -> list[str]:
+    """The lines that are about it, and the commands."""
+    lines = render([(one, one.findings) for one in diagnose(store, store.records())]).splitlines()
+    return [line.strip() for line in lines if line.startswith(("  ?", "What", "bench"))]
+
+
+def probe(case: Case, **changes: Any) -> None:
+    columns = {"id": IDS, "eps": 0.1, "stands_50_1": True}
+    case.write("probe", "probe", pd.DataFrame(columns), {"norm": "linf", "steps": [50], "restarts": [1]}, **changes)
+
+
+def test_what_was_not_looked_at_is_told_with_the_command_that_would(case: Case) -> None:
+    """Of the suite's evaluations: all that a run can still finish, until one of each is there."""
+    here = {"suite": suite_of("smd_mnist")}
+    case.pgd(**here)
+    others = [name for name, own in load_suite("smd_mnist").evals.items() if own.kind in ("transfer", "black_box")]
+    run = "bench run --defense d --suite smd_mnist --budget quick --seeds 0 --only "
+    assert others[0] == "transfer" and len(others) == 6
+    assert told(case.store) == [f"? not looked at: {LEAD}); {OTHERS})", "What would look:", run + ",".join(["probe", *others])]
+    case.write("transfer", "transfer", None, {}, status="skipped", metrics=[], error="one network", **here)
+    probe(case, status="error", metrics=[], error="no", **here)
+    assert told(case.store)[-1] == run + ",".join(["probe", *others[1:]])
+    probe(case, **here)
+    assert told(case.store) == [f"? not looked at: {OTHERS})", "What would look:", run + ",".join(others[1:])]
+    case.black_box(2 * EDGE, **here)
+    assert told(case.store) == [] and case.kinds == []
+    (case.store.root / "smd_mnist/d/quick/seed0/surrogates.parquet").unlink()
+    assert told(case.store)[0] == f"? not looked at: {OTHERS})"
+
+
+def test_a_transfer_shows_images_of_other_models_too(case: Case) -> None:
+    case.transfer(EDGE, 2 * EDGE)
+    assert told(case.store) == [f"? not looked at: {LEAD}; suite made is not known here)"]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("digits", "suite digits has none"), ("made", "suite made is not known here"), ("edlcm_cifar10", "skipped")],
+)
+def test_where_no_command_would_look_the_reason_is_told(case: Case, name: str, reason: str) -> None:
+    probe(case, suite=suite_of(name))
+    case.write("transfer", "transfer", None, {}, status="skipped", metrics=[], error="one network", suite=suite_of(name))
+    assert told(case.store) == [f"? not looked at: {OTHERS}; {reason})"]
+
+
+def test_certificates_alone_ask_for_no_gradients(case: Case) -> None:
+    case.certified()
+    assert told(case.store) == []
+    case.write("clean", "clean", None, {})
+    assert len(told(case.store)) == 1
+
+
+def test_one_command_looks_at_all_variants_of_a_seed(case: Case) -> None:
+    here = {"suite": suite_of("mnist")}
+    case.pgd(**here)
+    case.pgd(**here, seed=1)
+    case.pgd(**here, defense={"name": "d", "variant": "d@members=5", "fields": {}})
+    case.pgd(**here, defense={"name": "mine", "variant": "mine", "fields": {}, "file_hash": "0123456789abcdef"})
+    told_of = "--suite mnist --budget quick"
+    assert told(case.store)[-2:] == [
+        f"bench run --defense d,d@members=5,FILE.py:mine {told_of} --seeds 0 --only probe",
+        f"bench run --defense d {told_of} --seeds 1 --only probe",
+    ]
+
+
 # Old records, and the command
 
 
@@ -579,7 +655,16 @@ def test_the_command_at_every_level(case: Case, monkeypatch: pytest.MonkeyPatch,
     (one,) = json.loads(capsys.readouterr().out)
     assert one == {
         "suite": "made", "budget": "quick", "defense": "d", "seed": 1, "status": "unreviewed", "of": {}, "findings": [],
+        "not_looked_at": [{"what": what, "kinds": kinds, "evaluations": [], "reason": "suite made is not known here"}
+                          for what, kinds in (("where gradients lead, unbounded eps, single noise draws", ["probe"]),
+                                              ("images of other models", ["transfer", "black_box"]))],
+        "commands": [],
     }  # fmt: skip
+    case.pgd(suite=suite_of("mnist"))
+    assert call(monkeypatch, str(case.store.root / "mnist"), "--format", "json") == 0
+    (one,) = json.loads(capsys.readouterr().out)
+    assert [own["evaluations"] for own in one["not_looked_at"]] == [["probe"], []]
+    assert one["commands"] == ["bench run --defense d --suite mnist --budget quick --seeds 0 --only probe"]
 
 
 def test_of_a_record_only_what_is_about_it(
