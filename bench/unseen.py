@@ -15,7 +15,8 @@ LOOKS = {
     "where gradients lead, unbounded eps, single noise draws": ("probe",),
     "images of other models": ("transfer", "black_box"),
 }
-"""What is looked at, and the kinds of evaluations of which one is enough."""
+"""What is looked at, and the kinds of evaluations of which one is enough. Adaptive attacks that have sources are as good as a
+black box."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def unseen(records: Sequence[Record], done: Iterable[Record]) -> list[Unseen]:
         records: all of them.
         done: the finished ones whose rows can be read.
     """
-    had = {record.eval["fields"].get("kind") for record in done}
+    finished = [record.eval["fields"] for record in done]
+    had = {fields.get("kind") for fields in finished} | {"black_box" for fields in finished if fields.get("sources")}
     return [Unseen(what, kinds, *_would(records, kinds)) for what, kinds in LOOKS.items() if not had & set(kinds)]
 
 
@@ -57,7 +59,8 @@ def _would(records: Sequence[Record], kinds: Sequence[str]) -> tuple[tuple[str, 
 
     name, budget = records[0].suite["name"], records[0].suite["budget"]
     try:
-        asked = [own for own, evaluation in load_suite(name, budget).evals.items() if evaluation.kind in kinds]
+        evals = load_suite(name, budget).evals
+        asked = [own for own, one in evals.items() if one.kind in kinds or ("black_box" in kinds and one.others)]
     except SuiteError:  # a file of somebody's own: its records know no path
         return (), f"suite {name} is not known here"
     skipped = {record.eval["name"] for record in records if record.status == "skipped"}

@@ -538,7 +538,7 @@ def test_every_attack_has_its_role() -> None:
     assert set(ATTACKS) - set(ROLES) == {"fab", "fab_t", "ddn", "fmn"}  # minimum-norm attacks
     assert {name for name, kind in ATTACKS.items() if issubclass(kind, Fgsm)} == set(SINGLE)
     assert {name for name, kind in ATTACKS.items() if issubclass(kind, Pgd | Apgd | DiverseMim)} == {*SINGLE, *ITERATED}
-    assert set(BLACK_BOX) <= set(ATTACKS) and set(KNOWN) <= set(ITERATED) | {"apgd_ce"}
+    assert set(BLACK_BOX) <= set(ATTACKS) and {name.partition(":")[0] for name in KNOWN} <= set(ITERATED) | {"apgd_ce"}
 
 
 # What nobody looked at
@@ -566,10 +566,15 @@ def test_what_was_not_looked_at_is_told_with_the_command_that_would(case: Case) 
     """Of the suite's evaluations: all that a run can still finish, until one of each is there."""
     here = {"suite": suite_of("smd_mnist")}
     case.pgd(**here)
-    others = [name for name, own in load_suite("smd_mnist").evals.items() if own.kind in ("transfer", "black_box")]
+    evals = load_suite("smd_mnist").evals
+    others = [name for name, own in evals.items() if own.kind in ("transfer", "black_box") or name == "adaptive"]
     run = "bench run --defense d --suite smd_mnist --budget quick --seeds 0 --only "
-    assert others[0] == "transfer" and len(others) == 6
-    assert told(case.store) == [f"? not looked at: {LEAD}); {OTHERS})", "What would look:", run + ",".join(["probe", *others])]
+    assert others[0] == "transfer" and len(others) == 8
+    assert told(case.store) == [
+        f"? not looked at: {LEAD}); {OTHERS})",
+        "What would look:",
+        run + ",".join(["probe", *others]),
+    ]
     case.write("transfer", "transfer", None, {}, status="skipped", metrics=[], error="one network", **here)
     probe(case, status="error", metrics=[], error="no", **here)
     assert told(case.store)[-1] == run + ",".join(["probe", *others[1:]])
@@ -579,6 +584,13 @@ def test_what_was_not_looked_at_is_told_with_the_command_that_would(case: Case) 
     assert told(case.store) == [] and case.kinds == []
     (case.store.root / "smd_mnist/d/quick/seed0/surrogates.parquet").unlink()
     assert told(case.store)[0] == f"? not looked at: {OTHERS})"
+
+
+def test_adaptive_attacks_show_images_of_other_models_where_they_have_any(case: Case) -> None:
+    rows = pd.DataFrame({"id": IDS, "eps": 0.1, "clean_correct": True, "broken_by": ""})
+    for sources, blind in (([], 2), (["naive"], 1)):
+        case.write("adaptive", "adaptive", rows, {"norm": "linf", "sources": sources})
+        assert told(case.store)[0].count("(no ") == blind
 
 
 def test_a_transfer_shows_images_of_other_models_too(case: Case) -> None:
@@ -592,7 +604,8 @@ def test_a_transfer_shows_images_of_other_models_too(case: Case) -> None:
 )
 def test_where_no_command_would_look_the_reason_is_told(case: Case, name: str, reason: str) -> None:
     probe(case, suite=suite_of(name))
-    case.write("transfer", "transfer", None, {}, status="skipped", metrics=[], error="one network", suite=suite_of(name))
+    for kind in ("transfer", "adaptive"):
+        case.write(kind, kind, None, {}, status="skipped", metrics=[], error="one network", suite=suite_of(name))
     assert told(case.store) == [f"? not looked at: {OTHERS}; {reason})"]
 
 
@@ -611,8 +624,8 @@ def test_one_command_looks_at_all_variants_of_a_seed(case: Case) -> None:
     case.pgd(**here, defense={"name": "mine", "variant": "mine", "fields": {}, "file_hash": "0123456789abcdef"})
     told_of = "--suite mnist --budget quick"
     assert told(case.store)[-2:] == [
-        f"bench run --defense d,d@members=5,FILE.py:mine {told_of} --seeds 0 --only probe",
-        f"bench run --defense d {told_of} --seeds 1 --only probe",
+        f"bench run --defense d,d@members=5,FILE.py:mine {told_of} --seeds 0 --only probe,adaptive",
+        f"bench run --defense d {told_of} --seeds 1 --only probe,adaptive",
     ]
 
 
@@ -663,8 +676,8 @@ def test_the_command_at_every_level(case: Case, monkeypatch: pytest.MonkeyPatch,
     case.pgd(suite=suite_of("mnist"))
     assert call(monkeypatch, str(case.store.root / "mnist"), "--format", "json") == 0
     (one,) = json.loads(capsys.readouterr().out)
-    assert [own["evaluations"] for own in one["not_looked_at"]] == [["probe"], []]
-    assert one["commands"] == ["bench run --defense d --suite mnist --budget quick --seeds 0 --only probe"]
+    assert [own["evaluations"] for own in one["not_looked_at"]] == [["probe"], ["adaptive"]]
+    assert one["commands"] == ["bench run --defense d --suite mnist --budget quick --seeds 0 --only probe,adaptive"]
 
 
 def test_of_a_record_only_what_is_about_it(
