@@ -110,7 +110,12 @@ class Run:
                 "train_images": len(self.task.train),
                 "validation_images": len(self.task.validation),
             },
-            hashes={"train": self.task.train.hash, "images": images.hash, "data": images.source},
+            hashes={
+                "train": self.task.train.hash,
+                "validation": self.task.validation.hash,
+                "images": images.hash,
+                "data": images.source,
+            },
             numerics={**numerics(evaluation), "rng": f"torch-{torch.device(self.device).type}"},
             made={**environment.code(), "versions": versions, "device": self.device_name},
         )

@@ -190,6 +190,35 @@ def test_a_damaged_record_is_moved_aside_and_computed_again(tiny: Path) -> None:
     assert "moved to clean.json.corrupt" in again.store.problems[0]
 
 
+def without(path: Path, name: str) -> None:
+    """Leave a field out of a record or of the request of its pieces."""
+    content = json.loads(path.read_text())
+    del (content if name in content else content["hashes"])[name]
+    path.write_text(json.dumps(content))
+
+
+def test_a_record_that_is_older_than_the_hash_of_validation_images_is_no_other_request(tiny: Path) -> None:
+    (first,) = Run(request(tiny, only=("clean",))).execute()
+    path = Store(tiny.parent / "runs").path(first)
+    without(path, "validation")
+    before = path.read_text()
+    assert not Run(request(tiny, only=("clean",))).missing()
+    assert [record.metrics for record in Run(request(tiny, only=("clean",))).execute()] == [first.metrics]
+    assert path.read_text() == before
+    path.write_text(json.dumps({**json.loads(before), "hashes": {**first.hashes, "validation": "sha256:0"}}))
+    with pytest.raises(StoreError, match=r"hashes\.validation was 'sha256:0', now 'sha256:"):
+        Run(request(tiny, only=("clean",))).execute()
+
+
+def test_pieces_that_are_older_than_the_hash_of_validation_images_are_gone_on_with(tiny: Path) -> None:
+    half = Run(request(tiny, only=("certified",), shard=(1, 2)))
+    half.execute()
+    (note,) = (tiny.parent / "runs").rglob("request.json")
+    without(note, "hashes.validation")
+    (record,) = Run(request(tiny, only=("certified",))).execute()
+    assert record.status == "success" and record.hashes["validation"] == half.task.validation.hash
+
+
 def test_a_damaged_network_is_moved_aside_and_trained_again(tiny: Path) -> None:
     first = Run(request(tiny, only=("clean",))).execute()[0]
     parts = tiny.parent / "runs/tiny/parts"

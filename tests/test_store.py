@@ -111,6 +111,12 @@ def test_differences_name_every_field() -> None:
     assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": None}) == "b was 2, now 3"
 
 
+def test_requests_of_before_a_field_was_known_do_not_differ_in_it() -> None:
+    old, new = {"a": 1}, {"a": 1, "hashes.validation": "x"}
+    assert not differences(old, new) and not differences(new, old)
+    assert differences({**new, "hashes.validation": "y"}, new) == "hashes.validation was 'y', now 'x'"
+
+
 HISTORIC = Path(__file__).parent / "historic"
 
 
