@@ -73,6 +73,17 @@ def anytime_upper(k: ArrayLike, n: ArrayLike, alpha: float) -> Floats:
     return 1 - anytime_lower(np.asarray(n, float) - np.asarray(k, float), n, alpha)
 
 
+def most(share: ArrayLike, n: int, error: float) -> Floats:
+    """Successes among the first n of more draws, of which a share are successes, that are exceeded with probability at most
+    ``error``, in whatever order they came (Hoeffding 1963, section 6: n KL(q, share) >= ln(1/error))."""
+    share = np.asarray(share, float)
+
+    def usual(q: Floats) -> Floats:
+        return n * (special.kl_div(q, share) + special.kl_div(1 - q, 1 - share)) <= -np.log(error)
+
+    return np.floor(n * _bisect(usual, share, np.ones_like(share)) + 1e-6)  # bisection ends a hair below whole numbers
+
+
 def _bisect(excluded, low: Floats, high: Floats, halvings: int = 52) -> Floats:  # type: ignore[no-untyped-def]
     """The largest excluded p, from below: ``excluded`` holds up to some point between low and high. Never above that point."""
     low, high = low.copy(), high.copy()

@@ -19,6 +19,7 @@ from defenses.estimators import (
     UnionBound,
     fixed,
     grid_up_to,
+    recount,
     replay,
     sequential,
 )
@@ -620,3 +621,67 @@ def test_bounds_of_the_futile_are_upper_ones():
         given_up = count[finished & np.isnan(ESTIMATORS[name].radius(question, bound))]
         assert stats.binom.cdf(given_up.max(), n, question.wanted[0]) <= FUTILITY, name
         assert (upper(given_up, n, FUTILITY) < question.wanted).all(), name
+
+
+# --- what is left of votes
+
+
+def kept(name, r=0.25, n=4000):
+    """A rule and its question; radius, last count and draws of many images, replayed from all of their votes; and coins."""
+    rule = Phases((0.05, 0.25, 0.7)) if name == "phases" else ESTIMATORS[name]
+    question = Question(0.25, 0.001, n, (r,) if rule.preset else () if name == "anytime" else CURVE)
+    votes, chance = stored(n // 100, repeats=20)
+    found, draws = replay(rule, question, votes, chance)
+    start = np.zeros(len(votes), int)  # of the last trial
+    for looks in rule.trials(question)[:-1]:
+        start[draws > start + looks[-1]] += looks[-1]
+    count = [own[a // 100 : b // 100].sum() for own, a, b in zip(votes, start, draws)]
+    return rule, question, found, np.array(count, float), draws.astype(float), chance
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("r", [0.0, 0.25, 0.5])
+def test_the_last_count_tells_the_radius_or_what_it_lies_between(name, r):
+    rule, question, found, *last = kept(name, r)
+    low, high, ended = recount(rule, question, *last, 1e-8)
+    assert ended.all() and (whole(low) <= whole(found)).all() and (whole(found) <= whole(high)).all()
+    if name in ("fixed", "randomised", "phases"):
+        np.testing.assert_array_equal(low, found)
+        np.testing.assert_array_equal(high, found)
+    # And not between much: half of the votes prove nothing, however they came.
+    half = np.full(3, 0.5 * question.n)
+    far = recount(rule, question, half, 2 * half, np.ones(3), 1e-8)[1] if name != "phases" else np.full(3, np.nan)
+    assert (whole(far) <= 0.1).all()
+
+
+def test_earlier_votes_are_believed_to_be_higher_the_rarer_it_may_be():
+    rule, question, found, *last = kept("anytime")
+    low, seldom, _ = recount(rule, question, *last, 0.01)
+    _, hardly, _ = recount(rule, question, *last, 1e-8)
+    assert (whole(seldom) <= whole(hardly)).all() and (whole(seldom) < whole(hardly)).any()
+    assert (whole(found) > whole(low)).any(), "earlier looks matter"
+    assert np.mean(whole(found) > whole(seldom)) <= 0.01
+
+
+@pytest.mark.parametrize("name", ["fixed", "grid", "phases"])
+def test_draws_at_which_nobody_looks_or_stops_and_counts_that_cannot_be(name):
+    rule, question, _, count, draws, chance = kept(name)
+    assert not recount(rule, question, count, draws + 50, chance, 1e-8)[2].any()
+    assert not recount(rule, question, draws + 1, draws, chance, 1e-8)[2].any()
+    assert not recount(rule, question, -count - 1, draws, chance, 1e-8)[2].any()
+    assert not recount(rule, question, 0 * count, 0 * draws, chance, 1e-8)[2].any()
+
+
+def test_a_grid_would_have_gone_on_while_the_next_radius_was_open():
+    question = Question(0.25, 0.001, 4000, CURVE)
+    count, draws = np.array([93.0, 100, 20]), np.array([100.0, 100, 100])
+    assert recount(GRID, question, count, draws, np.ones(3), 1e-8)[2].tolist() == [False, False, True]
+    assert recount(GRID, question, np.array([4000.0]), np.array([4000.0]), np.ones(1), 1e-8)[2].all()
+
+
+@given(st.integers(1, 60), st.integers(0, 60), st.integers(1, 60))
+def test_the_most_votes_among_the_first_draws_are_exceeded_as_rarely_as_said(n, k, more):
+    total = n + more
+    k = min(k, total)
+    most = bounds.most(k / total, n, 1e-3)
+    assert stats.hypergeom.sf(most, total, k, n) <= 1e-3 and most >= np.floor(n * k / total)

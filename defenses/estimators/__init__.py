@@ -6,7 +6,7 @@ large with probability at most alpha. Pure numpy; the same object serves certifi
 
 from defenses.estimators.api import FUTILITY, Estimator, Question, Tally
 from defenses.estimators.fixed import Fixed, Phases, Randomised
-from defenses.estimators.replay import replay
+from defenses.estimators.replay import recount, replay
 from defenses.estimators.sequential import LOOKS, Betting, GroupSequential, OneRadius, Sequential, UnionBound
 
 ESTIMATORS: dict[str, Estimator] = {
@@ -32,5 +32,5 @@ def grid_up_to(step: float, top: float) -> tuple[float, ...]:
 
 __all__ = [
     "ESTIMATORS", "FUTILITY", "LOOKS", "WHOLE", "Betting", "Estimator", "Fixed", "GroupSequential", "OneRadius", "Phases",
-    "Question", "Randomised", "Sequential", "Tally", "UnionBound", "grid_up_to", "replay",
+    "Question", "Randomised", "Sequential", "Tally", "UnionBound", "grid_up_to", "recount", "replay",
 ]  # fmt: skip
