@@ -1,6 +1,7 @@
 """What must hold of a finished record by itself, its data and its weights; each check yields what does not.
 
-A check that cannot be made, or not to its end, raises :class:`bench.restore.Impossible`.
+What a check cannot tell of a part of it, it yields as unknown. One that cannot be made, or not to its end, raises
+:class:`bench.restore.Impossible`.
 """
 
 from __future__ import annotations
@@ -9,32 +10,51 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from scipy.stats import binom
 
-from bench.evals import Skipped
-from bench.jobs import weights_hash
-from bench.mismatch import Mismatch, brief, differing, equal, named, same_rows, settings_of
+from bench.datasets import STORED
+from bench.evals import Certified, Skipped
+from bench.jobs import numerics, price, weights_hash
+from bench.mismatch import Mismatch, Unknown, brief, differing, equal, few, named, same_rows, settings_of
 from bench.restore import Case, Impossible
 from bench.store import Finding, Metric, Store, as_json
 from bench.suites import SuiteError, available, load_suite
 from defenses.recipe import settings
 
+PRICED = ("parameters", "training_seconds_per_epoch")
+"""What of a record's cost follows from its parts; the rest are times of the machine at that moment, and what divides them."""
+
+ROUNDING = 1e-7
+"""Relative difference of radii that another library's quantiles may make."""
+
+RARE, SELDOM = 1e-8, 0.01
+"""Probability of an honest radius that is refused for its row alone, and of one that is counted together with others."""
+
 
 def request(case: Case) -> Iterator[Mismatch]:
-    """The record lies where it belongs, and asks what its suite asks, at its version and budget, of its label's defense."""
+    """The record lies where it belongs, and asks what its suite asks, at its version and budget, of its label's defense, in the
+    arithmetic that it says."""
     record = case.record
     place = Store(Path()).path(record)
     there = Path(*case.path.absolute().parts[-len(place.parts) :])
     if there != place:
         yield Mismatch("place of the record", there, place)
     unknown = []
-    for part in (_of_defense, _of_suite):
+    for part in (_of_arithmetic, _of_defense, _of_suite):
         try:
             yield from part(case)
         except Impossible as reason:
             unknown.append(str(reason))
     if unknown:
         raise Impossible("; ".join(unknown))
+
+
+def _of_arithmetic(case: Case) -> Iterator[Mismatch]:
+    """What the question says of the numerics; the rest, where random numbers came from, no measurement elsewhere repeats."""
+    wanted = numerics(case.evaluation)
+    yield from differing({key: case.record.numerics.get(key) for key in wanted}, wanted, "numerics")
 
 
 def _of_defense(case: Case) -> Iterator[Mismatch]:
@@ -115,6 +135,39 @@ def numbers(case: Case) -> Iterator[Mismatch]:
     yield from _findings(stored, derived)
 
 
+def radii(case: Case) -> Iterator[Mismatch]:
+    """Radii and abstentions are those that the estimator gives for the votes of the row, and it would have stopped with them.
+
+    Where a radius may stem from a look that is not stored, it is one that can be, and few rows have what only some have.
+    """
+    assert isinstance(case.evaluation, Certified)
+    rows = case.rows
+    widest, usual = (case.evaluation.recounted(rows, case.outline, error) for error in (RARE, SELDOM))
+    abstained = (rows.prediction == -1).to_numpy()
+    stored = np.where(abstained, -1.0, rows.radius)
+    slack = ROUNDING * np.abs(stored)
+    possible = (stored >= widest.low - slack) & (stored <= widest.high + slack)
+    words = [_between(*ends) for ends in zip(widest.low, widest.high, strict=True)]
+    told = rows.assign(said=[_between(own, own) for own in stored], votes=words, lucky=possible & (stored > usual.high + slack))
+    for where, part in settings_of(told[~possible]):
+        yield Mismatch(f"radius of {named(part.id)}{where}", few(part.said), f"{few(part.votes)}, by the votes")
+    for where, part in settings_of(rows[abstained & (rows.radius != 0)]):
+        yield Mismatch(f"radius of {named(part.id)}{where}", few(part.radius), "0 of abstentions")
+    for where, part in settings_of(rows[~widest.ended]):
+        yield Mismatch(f"draws of {named(part.id)}{where}", few(part.draws), "not where the estimator stops with these votes")
+    for where, part in settings_of(told):
+        lucky = part[part.lucky]
+        if binom.sf(len(lucky) - 1, len(part), SELDOM) < RARE:
+            usually = f"at most {SELDOM:.0%} of the images are above what their last votes prove by so much"
+            yield Mismatch(f"radius of {named(lucky.id)}{where}", f"{few(lucky.said)}, of {len(lucky)} of {len(part)}", usually)
+
+
+def _between(low: float, high: float) -> str:
+    """A radius, or the two that it must lie between, in words; -1 is an abstention."""
+    ends = ["abstains" if radius < 0 else brief(radius) for radius in (low, high)]
+    return " to ".join(dict.fromkeys(ends))
+
+
 def _metrics(stored: Sequence[Metric], derived: Sequence[Metric]) -> Iterator[Mismatch]:
     before, now = _by_facts(stored), _by_facts(derived)
     for name in before | now:
@@ -150,23 +203,49 @@ def _findings(stored: Sequence[Finding], derived: Sequence[Finding]) -> Iterator
             yield Mismatch(f"finding {kind}", "not in the record", text)
 
 
-def data(case: Case) -> Iterator[Mismatch]:
-    """The images that trained and tested are those of the record, and the rows are of the latter and have their labels."""
+def data(case: Case) -> Iterator[Mismatch | Unknown]:
+    """The images that trained, validated and tested are those of the record, which says where they came from, and the rows are
+    of the last and have their labels."""
     hashes = case.record.hashes
-    for name, some in {"train": case.task.train, "images": case.images}.items():
-        if hashes.get(name) != some.hash:
-            yield Mismatch(f"hashes.{name}", f"{hashes.get(name)} ({hashes.get('data')})", f"{some.hash} ({some.source})")
+    known: dict[str, set[str | None]] = {name: {hashes.get(name)} for name in ("train", "images")}
+    known["validation"] = {*case.held_out}
+    here = {"train": case.task.train, "validation": case.task.validation, "images": case.images}
+    for name, some in here.items():
+        if not known[name]:
+            yield Unknown("validation images", "the record is older than their hash, and no note of a part has it")
+        elif some.hash not in known[name]:
+            stored = " or ".join(map(str, sorted(known[name], key=str)))
+            yield Mismatch(f"hashes.{name}", f"{stored} ({hashes.get('data')})", f"{some.hash} ({some.source})")
+    if hashes.get("images") == case.images.hash:  # else the source is named with them
+        yield from _source(str(hashes.get("data")), case.images.source)
     table = case.rows
     if "id" not in table:
         return
-    here = pd.DataFrame({"id": case.images.ids.cpu(), "label": case.images.labels.cpu()})
-    first = f"the first {len(here)} test images"
-    missing, foreign = sorted(set(here.id) - set(table.id)), sorted(set(table.id) - set(here.id))
+    tested = pd.DataFrame({"id": case.images.ids.cpu(), "label": case.images.labels.cpu()})
+    first = f"the first {len(tested)} test images"
+    missing, foreign = sorted(set(tested.id) - set(table.id)), sorted(set(table.id) - set(tested.id))
     if missing:
         yield Mismatch("ids of the rows", f"not {named(missing)}", first)
     if foreign:
         yield Mismatch("ids of the rows", f"also {named(foreign)}", first)
-    yield from same_rows(table, here)
+    yield from same_rows(table, tested)
+
+
+def _source(stored: str, here: str) -> Iterator[Mismatch | Unknown]:
+    """What the record says of where its images are from, which are the same here: only their layout may be another."""
+    if stored == here:
+        return
+    if any(stored == here.replace(f" {a}", f" {b}", 1) for a in STORED for b in STORED):
+        yield Unknown("hashes.data", f"the same images are here as {here!r}, not as {stored!r}")
+    else:
+        yield Mismatch("hashes.data", stored, here)
+
+
+def cost(case: Case) -> Iterator[Mismatch]:
+    """What is told of size and training follows from the stored parts and their logs, of those of :data:`PRICED` it tells."""
+    stored, found = case.record.cost, price(case.own)
+    told = [name for name in PRICED if name in stored]
+    yield from differing({name: stored[name] for name in told}, {name: found.get(name) for name in told}, "cost")
 
 
 def weights(case: Case) -> Iterator[Mismatch]:

@@ -13,6 +13,8 @@ MODES = {1: {"L", "1"}, 3: {"RGB", "L", "1", "P", "RGBA", "LA", "CMYK"}}
 
 TEST_NAMES = ("test", "val", "validation", "valid")
 VALIDATION_FIRST = ("val", "validation", "valid", "test")
+STORED = ("parquet", "torchvision", "folder")
+"""How images can be stored, in the word that their source has for it."""
 
 
 class DataError(ValueError):

@@ -34,6 +34,18 @@ class Mismatch:
     recomputed: Any
 
 
+@dataclass(frozen=True)
+class Unknown:
+    """Something, of a check that can be made, that cannot be told.
+
+    Attributes:
+        what, reason: in words.
+    """
+
+    what: str
+    reason: str
+
+
 def equal(a: Any, b: Any) -> bool:
     """Whether two values are the same, numbers up to their representation."""
     if isinstance(a, int | float) and isinstance(b, int | float):

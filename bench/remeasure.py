@@ -34,7 +34,8 @@ def measured(case: Case) -> tuple[str, Callable[[Case], Iterable[Mismatch]]]:
     if isinstance(evaluation, Clean):
         return f"clean decisions ({min(CLEAN, count)} of {count} images)", clean
     if isinstance(evaluation, Smoothing):
-        return f"certificates ({min(case.sample, count)} of {count} images)", certificates
+        some = min(case.sample, count)
+        return f"certificates ({some} of {count} images, {100 * some / count:.3g} %)", certificates
     if type(evaluation).judged is not Base.judged:
         return "adversarial examples", examples
     return "measurements", nothing

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -91,6 +92,10 @@ class Stock:
         except DataError as error:
             raise Impossible(f"no data: {error}") from error
 
+    def tasks(self, folder: Path) -> list[dict[str, Any]]:
+        """What the notes beside parts say of the images that those were made from; notes that cannot be read say nothing."""
+        return self._keep("tasks", str(folder), lambda: list(_noted(folder)))
+
     def variant(self, label: str) -> Variant:
         """The variant of a label: of the user's file, or registered.
 
@@ -111,7 +116,7 @@ class Stock:
             Impossible: if a part of it is not stored.
             Exception: whatever goes wrong with what is stored.
         """
-        folder = case.path.absolute().parents[3] / "parts"
+        folder = case.parts
         key = json.dumps([str(folder), case.record.task, case.device, case.variant.label, case.record.seed], sort_keys=True)
         return self._keep("model", key, lambda: self._fitted(case, folder))
 
@@ -130,6 +135,13 @@ class Stock:
             self._kept[what] = (key, make())
         kept: T = self._kept[what][1]
         return kept
+
+
+def _noted(folder: Path) -> Iterator[dict[str, Any]]:
+    """The task in every note that can be read."""
+    for path in sorted(folder.glob("*.json")):
+        with suppress(ValueError, KeyError, TypeError):
+            yield dict(json.loads(path.read_bytes())["part"]["task"])
 
 
 def bare(record: Record, train: Images, validation: Images, test: Images) -> Task:
@@ -215,6 +227,11 @@ class Case:
         return pd.read_parquet(path)
 
     @property
+    def parts(self) -> Path:
+        """Where the networks of its run are."""
+        return self.path.absolute().parents[3] / "parts"
+
+    @property
     def device(self) -> str:
         """Where it was measured, if there is such a device here."""
         kind = str(self.record.numerics.get("rng", "torch-cpu")).removeprefix("torch-")
@@ -236,6 +253,16 @@ class Case:
         return self._stock.task(self.record, self.device)[1].first(self.evaluation.images)
 
     @cached_property
+    def held_out(self) -> set[str]:
+        """Hashes that the validation images may have: the record's, or, as older ones have none, those that the notes of parts
+        have that were made from its training images; empty if nobody tells."""
+        hashes = self.record.hashes
+        if "validation" in hashes:
+            return {hashes["validation"]}
+        tasks = self._stock.tasks(self.parts)
+        return {str(own.get("validation")) for own in tasks if own.get("train") == hashes.get("train")}
+
+    @cached_property
     def known(self) -> Images:
         """The test images, if they are the ones that were measured."""
         if self.images.hash != self.record.hashes.get("images"):
@@ -247,17 +274,25 @@ class Case:
         """The model of the stored parts."""
         if self.task.train.hash != self.record.hashes.get("train"):
             raise Impossible("the training images here are not those of the record, and so no weights are")
+        if self.held_out and self.task.validation.hash not in self.held_out:
+            raise Impossible("the validation images here are not those of the record, and so no weights are")
         return self._stock.fitted(self)
 
     @cached_property
-    def subject(self) -> Subject:
-        """The model that was measured: the stored one, if its weights are the record's and decisions can be repeated."""
+    def own(self) -> Subject:
+        """The model of the stored parts, if its weights are the record's."""
         if weights_hash(self.fitted.model) != self.record.hashes.get("weights"):
             raise Impossible("the weights here are not those of the record")
+        return self.fitted
+
+    @cached_property
+    def subject(self) -> Subject:
+        """The model that was measured: the stored one, if decisions can be repeated."""
+        own = self.own
         made = str(self.record.numerics.get("rng", "torch-cpu"))
         if made != f"torch-{self.device}":
             raise Impossible(f"measured with {made}; decisions and noise here, on {self.device}, may be others")
-        return self.fitted
+        return own
 
     def other(self, spec: str) -> Classifier:
         """The model of another variant whose images attacked this one, of its stored parts."""

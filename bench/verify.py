@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from bench import checks, environment
-from bench.mismatch import Mismatch
+from bench.evals import Certified
+from bench.mismatch import Mismatch, Unknown
 from bench.partial import StoreError
 from bench.progress import Progress
 from bench.registry import from_file
@@ -35,6 +36,7 @@ class Report:
         checked: what was recomputed, whether it holds or not.
         not_checked: what could not be, and why.
         mismatches: what does not hold.
+        times: what of the cost nobody can check: it was measured once, on a machine as busy as it was.
         note: why nothing was checked.
     """
 
@@ -43,6 +45,7 @@ class Report:
     checked: list[str] = field(default_factory=list)
     not_checked: dict[str, str] = field(default_factory=dict)
     mismatches: list[Mismatch] = field(default_factory=list)
+    times: list[str] = field(default_factory=list)
     note: str = ""
 
     @property
@@ -52,7 +55,9 @@ class Report:
             return "MISMATCH"
         if self.status != "success":
             return self.status
-        return "holds in part" if self.not_checked else "holds"
+        if self.not_checked:
+            return "holds in part"
+        return "holds but for times" if self.times else "holds"
 
 
 def verify(
@@ -104,21 +109,28 @@ def _verify(path: Path, stock: Stock, sample: int) -> Report:
     content = _read(path)
     if isinstance(content, Report):
         return content
-    report = Report(str(path), content.status)
+    report = Report(str(path), content.status, times=[name for name in content.cost if name not in checks.PRICED])
     if content.status != "success":
         report.note = (content.error or "it is not finished").strip().splitlines()[-1]
         return report
     case = Case(path, content, stock, sample)
-    planned = {name: getattr(checks, name) for name in ("request", "rows", "numbers", "data", "weights")}
+    names = ["request", "rows", "numbers", "data", "weights"]
+    names += ["cost"] if any(name in content.cost for name in checks.PRICED) else []
+    planned = {name: getattr(checks, name) for name in names}
     try:
+        if isinstance(case.evaluation, Certified):
+            planned["radii"] = checks.radii
         name, check = measured(case)
         planned[name] = check
     except Impossible as reason:
         report.not_checked["measurements"] = str(reason)
     for name, check in planned.items():
         try:
-            for mismatch in check(case):
-                report.mismatches.append(mismatch)
+            for found in check(case):
+                if isinstance(found, Unknown):
+                    report.not_checked[found.what] = found.reason
+                else:
+                    report.mismatches.append(found)
             report.checked.append(name)
         except Impossible as reason:
             report.not_checked[name] = str(reason)
@@ -159,6 +171,8 @@ def render(reports: Sequence[Report], fmt: str = "text") -> str:
     told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     number = sum(len(report.mismatches) for report in wrong)
     ending = f"{_many(number, 'mismatch', 'es')} in {_many(len(wrong), 'record')}" if wrong else "no mismatch"
+    times = ", ".join(dict.fromkeys(name for report in reports for name in report.times))
+    ending += f"; never measured again: {times}" if times else ""
     return "\n".join([*lines, f"{_many(len(reports), 'record')}: {told}; {ending}"])
 
 
@@ -174,4 +188,4 @@ def _line(report: Report) -> str:
     parts = [report.note] if report.note else []
     parts += [f"checked {', '.join(report.checked)}"] if report.checked else []
     parts += [f"could not check {', '.join(names)}: {reason}" for reason, names in reasons.items()]
-    return f"{report.verdict:13} {report.record}: {'; '.join(parts)}"
+    return f"{report.verdict:19} {report.record}: {'; '.join(parts)}"

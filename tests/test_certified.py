@@ -21,6 +21,7 @@ from bench.request import Request
 from bench.runner import Run
 from bench.store import Record, Store
 from bench.suites import SuiteError, load_suite
+from bench.verify import verify
 from defenses.estimators import ESTIMATORS, WHOLE
 from defenses.smoothing import POOLED
 
@@ -62,6 +63,8 @@ def test_every_estimator_makes_a_record_and_a_table_of_its_own(name: str, tiny: 
     assert ("chance" in rows) == (name == "randomised")
     (table,) = [t for t in tables.summaries(Store(suite.parent / "runs")) if "certified" in t.title]
     assert f"{name} estimator, n0 = 100, n <= 300, alpha = 0.001" in table.caption
+    (certified,) = verify(Store(suite.parent / "runs").path(record))
+    assert "radii" in certified.checked and not certified.mismatches
     status = tables.body(table)[0][-1]
     assert status.startswith("flagged; " if name == POOLED else "certified") and ("unsound" in status) == (name == POOLED)
 
@@ -82,6 +85,7 @@ def test_wrong_images_may_be_left_alone_without_changing_an_accuracy(tiny: Path)
     assert values(whole, "abstention") and not values(spared, "abstention")
     wrong = (rows.prediction != rows.label) & (rows.prediction >= 0)
     assert wrong.any() and (fewer.draws[wrong] == 0).all()
+    assert not any(report.mismatches for report in verify(suite.parent / "runs"))
 
 
 def test_numerics_stand_in_the_record_and_change_who_votes(tiny: Path) -> None:

@@ -24,10 +24,14 @@ from attacks import Pgd, Streams
 from attacks.api import verdicts
 from attacks.streams import Draws
 from bench import cli
-from bench.data import load
+from bench.checks import RARE
+from bench.data import hold_out, load
 from bench.evals import Adaptive, Piece, Subject
+from bench.mismatch import named
 from bench.request import Request
+from bench.restore import Case, Stock
 from bench.runner import Run
+from bench.store import Store
 from bench.verify import Report, render, verify
 from defenses.api import Classifier, Images, Task
 from defenses.naive import Naive
@@ -97,6 +101,7 @@ n = 10_000
 images = 2
 """
 
+RESULTS = Path(__file__).parents[1] / "leaderboards/results"
 NAIVE, SMOOTHED = "tiny/naive@members=2/quick/seed0", "tiny/randsmooth/quick/seed0"
 
 
@@ -157,7 +162,7 @@ def test_a_fresh_run_holds_and_nothing_is_written_or_drawn(fresh: Path) -> None:
     assert len(reports) == 12 and not [found(report) for report in reports.values() if report.mismatches]
     checked = {name: report.checked[-1] for name, report in reports.items()}
     assert checked["naive@members=2/quick/seed0/clean.json"] == "clean decisions (30 of 30 images)"
-    assert checked["randsmooth/quick/seed0/certified.json"] == "certificates (5 of 20 images)"
+    assert checked["randsmooth/quick/seed0/certified.json"] == "certificates (5 of 20 images, 25 %)"
     for name in ("pgd", "noisy", "nearest", "adaptive"):
         assert checked[f"naive@members=2/quick/seed0/{name}.json"] == "adversarial examples"
     for report in reports.values():
@@ -377,12 +382,14 @@ def test_another_label(runs: Path) -> None:
 
 def test_a_certificate_is_found_by_certifying_anew_once_it_is_in_the_sample(runs: Path) -> None:
     path = runs / SMOOTHED / "certified.parquet"
-    edit_rows(path, lambda rows: rows.assign(count=rows["count"] + (rows.index == 4)))
+    rows = pd.read_parquet(path)
+    chosen = rows.index[rows.draws == 200][-1]
+    edit_rows(path, lambda rows: rows.assign(count=rows["count"] - (rows.index == chosen)))
     (mismatch,) = one(runs / SMOOTHED / "certified.json", sample=20).mismatches
-    assert mismatch.what == f"count of image {pd.read_parquet(path).id[4]}"
+    assert mismatch.what == f"count of image {rows.id[chosen]}"
     samples = [bool(one(runs / SMOOTHED / "certified.json", sample=size).mismatches) for size in (0, 1, 10)]
     assert samples == sorted(samples), "a larger sample holds the smaller one"
-    assert one(runs / SMOOTHED / "certified.json", sample=0).not_checked["certificates (0 of 20 images)"]
+    assert one(runs / SMOOTHED / "certified.json", sample=0).not_checked["certificates (0 of 20 images, 0 %)"]
 
 
 def test_a_vote(runs: Path) -> None:
@@ -392,6 +399,113 @@ def test_a_vote(runs: Path) -> None:
     changed[0] -= 1
     edit_rows(path, lambda rows: rows.assign(votes=[rows.votes[0], changed]))
     assert f"votes of image {rows.id[1]} | [" in found(one(runs / SMOOTHED / "votes.json"))
+
+
+def resummed(path: Path) -> None:
+    """Let the metrics of a record follow from its rows again."""
+    case = Case(path, Store(path.parent).read(path), Stock(), 0)
+    metrics = [own.model_dump() for own in case.evaluation.summarise(case.rows, case.outline).metrics]
+    edit(path, lambda record: record.update(metrics=metrics))
+
+
+def copied(name: str, folder: Path) -> Path:
+    """A copy of a committed record, which comes without weights. Its radii need no data either, which take long to load."""
+    shutil.copytree((RESULTS / name).parent, (folder / name).parent)
+    return folder / name
+
+
+@pytest.fixture
+def committed(tmp_path: Path) -> Path:
+    """One at sigma 1, where votes prove many radii."""
+    return copied("mnist/randsmooth@sigma=1.0/quick/seed0/certified.json", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mnist/randsmooth/quick/seed0/certified",
+        "unsound_mnist/cear_gm/quick/seed0/certified",
+        "unsound_mnist/cear_gm/quick/seed0/pooled",
+    ],
+)
+def test_radii_that_the_votes_of_a_committed_record_do_not_prove(name: str, tmp_path: Path) -> None:
+    path = copied(f"{name}.json", tmp_path)
+    assert "radii" in one(path, data=tmp_path).checked and not one(path, data=tmp_path).mismatches
+    rows = pd.read_parquet(path.with_suffix(".parquet"))
+    top, zero = rows.radius.max(), rows.radius == 0
+    assert 0 < zero.sum() < 10
+    edit_rows(
+        path.with_suffix(".parquet"), lambda rows: rows.assign(prediction=rows.label, radius=rows.radius.where(~zero, top))
+    )
+    resummed(path)
+    (mismatch,) = one(path, data=tmp_path).mismatches
+    assert mismatch.what == f"radius of {named(rows.id[zero])}" and mismatch.stored.startswith(f"{top:g}")
+
+
+def test_an_abstention_a_smaller_radius_and_other_draws_are_told_from_the_votes(committed: Path, tmp_path: Path) -> None:
+    rows = pd.read_parquet(committed.with_suffix(".parquet"))
+    first, second, third = rows.index[rows.radius > 0.25][:3]
+
+    def change(rows: pd.DataFrame) -> pd.DataFrame:
+        rows.loc[first, ["prediction", "radius"]] = -1, 0.0
+        rows.loc[second, "radius"] -= 0.25
+        rows.loc[third, "draws"] += 100
+        return rows
+
+    edit_rows(committed.with_suffix(".parquet"), change)
+    resummed(committed)
+    radius, draws = one(committed, data=tmp_path).mismatches
+    assert radius.what == f"radius of {named(rows.id[[first, second, third]])}" and radius.stored.startswith("abstains, ")
+    assert draws.what == f"draws of image {rows.id[third]}"
+    edit_rows(committed.with_suffix(".parquet"), lambda rows: rows.assign(prediction=-1))
+    assert "0 of abstentions" in found(one(committed, data=tmp_path))
+
+
+def test_radii_each_of_which_may_be_but_not_all_of_them(committed: Path, tmp_path: Path) -> None:
+    """An earlier look, which is not stored, may have proven a little more than the last one: of a few images, not of most."""
+    case = Case(committed, Store(committed.parent).read(committed), Stock(), 0)
+    most = case.evaluation.recounted(case.rows, case.outline, RARE).high.clip(lower=0)
+    above = (most > case.rows.radius) & (case.rows.prediction >= 0)
+    assert above.sum() > 100
+
+    def raised(count: int) -> Report:
+        some = above & (above.cumsum() <= count)
+        case.rows.assign(radius=most.where(some, case.rows.radius)).to_parquet(committed.with_suffix(".parquet"), index=False)
+        resummed(committed)
+        return one(committed, data=tmp_path)
+
+    assert not raised(3).mismatches
+    (mismatch,) = raised(200).mismatches
+    assert "of the images are above what their last votes prove" in mismatch.recomputed
+
+
+def test_sizes_times_of_training_and_arithmetic_that_were_changed(runs: Path) -> None:
+    path = runs / NAIVE / "clean.json"
+    assert one(path).times == ["seconds", "measured_together", "forward_milliseconds"]
+
+    def change(record: dict[str, Any]) -> None:
+        for name in ("seconds", "training_seconds_per_epoch", "parameters"):
+            record["cost"][name] *= 100
+        record["numerics"]["dtype"] = "bfloat16"
+        record["hashes"]["data"] = "digits of mine"
+
+    edit(path, change)
+    report = one(path)
+    assert {own.what for own in report.mismatches} == {
+        "cost.training_seconds_per_epoch", "cost.parameters", "numerics.dtype", "hashes.data",
+    }  # fmt: skip
+    assert render([report]).endswith("never measured again: seconds, measured_together, forward_milliseconds")
+
+
+def test_a_record_holds_at_most_but_for_its_times() -> None:
+    assert Report("a", "success", ["rows"]).verdict == "holds"
+    assert Report("a", "success", ["rows"], times=["seconds"]).verdict == "holds but for times"
+    assert Report("a", "success", ["rows"], {"data": "no data"}, times=["seconds"]).verdict == "holds in part"
+
+
+def test_what_is_told_of_training_cannot_be_checked_without_weights(runs: Path) -> None:
+    shutil.rmtree(runs / "tiny/parts")
+    assert "no weights" in one(runs / NAIVE / "clean.json").not_checked["cost"]
 
 
 def test_a_radius_above_what_can_be_certified(runs: Path) -> None:
@@ -426,29 +540,73 @@ def write(path: Path, pixels: np.ndarray, labels: list[int]) -> None:
     pq.write_table(pa.table({"image": files, "label": labels}), path)
 
 
-@pytest.mark.parametrize("split", ["test", "train", "labels", "none"])
+@pytest.mark.parametrize("split", ["test", "train", "validation", "labels", "none"])
 def test_a_data_set_with_one_image_changed(parquet: tuple[Path, Path], split: str, tmp_path: Path) -> None:
     data, runs = Path(shutil.copytree(parquet[0], tmp_path / "data")), parquet[1]
-    some = load("digits", "train" if split == "train" else "test").first(84 if split == "train" else 30)
-    pixels, labels = some.pixels[:, 0].numpy().copy(), some.labels.tolist()
-    if split == "labels":
-        labels[7] = (labels[7] + 1) % 10
-    elif split != "none":
-        pixels[7, 3, 3] ^= 1
-    write(data / f"mnist/{'train' if split == 'train' else 'test'}.parquet", pixels, labels)
+    if split in ("train", "validation"):
+        change_one(data, split)
+    else:
+        some = load("digits", "test").first(30)
+        pixels, labels = some.pixels[:, 0].numpy().copy(), some.labels.tolist()
+        if split == "labels":
+            labels[7] = (labels[7] + 1) % 10
+        elif split == "test":
+            pixels[7, 3, 3] ^= 1
+        write(data / "mnist/test.parquet", pixels, labels)
     reports = verify(runs, data)
     text = "".join(map(found, reports))
     if split == "none":
         assert not text
-    elif split == "train":
-        assert "hashes.train" in text and "hashes.images" not in text
+    elif split in ("train", "validation"):
+        assert f"hashes.{split}" in text and text.count("hashes.") == len(reports)
+        told = {"train": "training", "validation": "validation"}[split]
         assert {r.not_checked["weights"] for r in reports} == {
-            "the training images here are not those of the record, and so no weights are"
+            f"the {told} images here are not those of the record, and so no weights are"
         }
     else:
         assert "hashes.images" in text and "hashes.train" not in text
         assert ("label of image 7" in text) == (split == "labels")
         assert all("the test images here are not those of the record" in r.not_checked.values() for r in reports)
+
+
+def change_one(data: Path, split: str) -> None:
+    """Another pixel in one of the images that train, or are held out."""
+    some = load("digits", "train").first(84)
+    pixels, chosen = some.pixels[:, 0].numpy().copy(), hold_out(some, 20)[split == "validation"].ids[0]
+    pixels[int((some.ids == chosen).nonzero()), 3, 3] ^= 1
+    write(data / "mnist/train.parquet", pixels, some.labels.tolist())
+
+
+def test_a_validation_image_changed_under_a_record_that_is_older_than_their_hash(
+    parquet: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Notes beside parts tell then, of those made from the record's training images; without them nobody does."""
+    data, runs = (Path(shutil.copytree(own, tmp_path / own.name)) for own in parquet)
+    for path in runs.rglob("seed0/*.json"):
+        edit(path, lambda record: record["hashes"].pop("validation"))
+    (note,) = (runs / "tiny/parts").glob("*.json")
+    foreign = json.loads(note.read_text())
+    foreign["part"]["task"] |= {"train": "sha256:1", "validation": "sha256:2"}
+    (note.parent / "foreign.json").write_text(json.dumps(foreign))
+    (note.parent / "damaged.json").write_text("{")
+    assert not [found(report) for report in verify(runs, data) if report.mismatches]
+    change_one(data, "validation")
+    for report in verify(runs, data):
+        assert [own.what for own in report.mismatches] == ["hashes.validation"]
+    note.unlink()
+    for report in verify(runs, data):
+        assert not report.mismatches and "data" in report.checked
+        assert report.not_checked["validation images"].startswith("the record is older than their hash")
+
+
+def test_the_same_images_in_another_layout(parquet: tuple[Path, Path], tmp_path: Path) -> None:
+    runs = Path(shutil.copytree(parquet[1], tmp_path / "runs"))
+    path = runs / "tiny/naive@members=1/quick/seed0/clean.json"
+    edit(path, lambda record: record["hashes"].update(data="mnist torchvision"))
+    report = one(path, data=parquet[0])
+    assert not report.mismatches and "as 'mnist parquet', not as 'mnist torchvision'" in report.not_checked["hashes.data"]
+    edit(path, lambda record: record["hashes"].update(data="mnist parquet (JPEG re-encoding)"))
+    assert found(one(path, data=parquet[0])) == "hashes.data | mnist parquet (JPEG re-encoding) | mnist parquet"
 
 
 def test_data_that_is_not_here(parquet: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -474,7 +632,7 @@ def test_missing_weights_and_examples_are_told_and_nothing_is_trained(
         f"no weights: plain 0 is not in {runs / 'tiny/parts'}" in out
         and "there is no pgd.examples.parquet beside the record" in out
     )
-    assert out.splitlines()[-1] == "12 records: 12 holds in part; no mismatch"
+    assert out.splitlines()[-1].startswith("12 records: 12 holds in part; no mismatch; never measured again: ")
     assert hashes(runs) == before and not (runs / "tiny/parts").exists()
 
 
@@ -485,9 +643,9 @@ def test_a_mismatch_is_code_1_with_everything_in_the_output(
     edit(path, lambda record: record["metrics"][0].update(value=0.987))
     assert bench(str(path), monkeypatch=monkeypatch) == 1
     out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith(f"MISMATCH      {path}: checked rows, numbers, data")
+    assert out[0].startswith(f"MISMATCH            {path}: checked rows, numbers, data")
     assert out[1] == f"{path}: clean_accuracy: value" and out[2].split() == ["stored", "0.987"]
-    assert out[-1] == "1 record: 1 MISMATCH; 1 mismatch in 1 record"
+    assert out[-1].startswith("1 record: 1 MISMATCH; 1 mismatch in 1 record; never measured again: ")
     assert bench(str(path), "--format", "json", monkeypatch=monkeypatch) == 1
     (report,) = json.loads(capsys.readouterr().out)
     assert report["verdict"] == "MISMATCH" and report["mismatches"][0]["stored"] == 0.987

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ from bench import metrics
 from bench.evals.api import Outcome, Piece, Smoothing, Subject, share
 from bench.store import Finding, Metric, Strict
 from defenses.api import Classifier, Images
-from defenses.estimators import ESTIMATORS, WHOLE, Question, grid_up_to
+from defenses.estimators import ESTIMATORS, WHOLE, Question, grid_up_to, recount
 from defenses.numerics import NUMERICS, under
 from defenses.smoothing import POOLED, certify_together
 
@@ -93,11 +94,10 @@ class Certified(Smoothing):
         return "certified", self.noise(subject)
 
     def measure(self, subjects: Sequence[Subject], images: Images, piece: Piece) -> list[pd.DataFrame]:
-        radii = () if self.whole else (piece.setting["radius"],) if self.preset else self.grid(subjects[0])
         found = certify_together(
             [self.voter(subject, images) for subject in subjects],
             images.floats(),
-            Question(self.noise(subjects[0]), self.alpha, self.n, radii),
+            self._question(subjects[0], piece.setting.get("radius")),
             n0=self.n0,
             estimator=self.estimator,
             labels=images.labels if self.skip_wrong else None,
@@ -120,6 +120,32 @@ class Certified(Smoothing):
             table = pd.DataFrame({name: values.cpu() for name, values in columns.items()})
             tables.append(table.assign(asked=piece.setting["radius"]) if self.preset else table)
         return tables
+
+    def _question(self, subject: Subject, radius: float | None) -> Question:
+        """What the estimator is asked in a run, for one radius if it decides one."""
+        radii = () if self.whole else self.grid(subject) if radius is None else (radius,)
+        return Question(self.noise(subject), self.alpha, self.n, radii)
+
+    def recounted(self, rows: pd.DataFrame, subject: Subject, error: float) -> pd.DataFrame:
+        """What the votes of each row prove: the smallest and the largest radius that the estimator can have said, ``low`` and
+        ``high``, -1 for an abstention, and whether it can have stopped with them, ``ended``.
+
+        ``error`` is the probability that an honest row is above ``high``, see :func:`defenses.estimators.recount`.
+        """
+        pooled = self.estimator == POOLED
+        rule, times = ESTIMATORS["fixed" if pooled else self.estimator], len(subject.model.members) if pooled else 1
+        chances = rows.chance if "chance" in rows else pd.Series(1.0, index=rows.index)
+        found = pd.DataFrame({"low": -1.0, "high": -1.0, "ended": False}, index=rows.index)
+        for radius in rows.asked.unique().tolist() if self.preset else [None]:
+            asked = np.full(len(rows), True) if radius is None else (rows.asked == radius).to_numpy()
+            question = self._question(subject, radius)
+            # Every member's vote counts as a draw where votes are pooled.
+            count, draws, chance = (np.asarray(own[asked], float) for own in (rows["count"], times * rows.draws, chances))
+            low, high, ended = recount(rule, replace(question, n=times * question.n), count, draws, chance, error)
+            found.loc[asked, "low"], found.loc[asked, "high"] = np.nan_to_num(low, nan=-1.0), np.nan_to_num(high, nan=-1.0)
+            # A class that is wrong got no draws, if it was to be left alone.
+            found.loc[asked, "ended"] = ended | (bool(self.skip_wrong) & (draws == 0))
+        return found
 
     def voter(self, subject: Subject, images: Images) -> Classifier:
         """What votes: the model under the numerics."""
