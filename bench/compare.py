@@ -27,7 +27,9 @@ class Difference:
         a, b: the means over images and seeds.
         difference, lower, upper: a - b, with its interval over images, for the networks as they are.
         each: the difference of every seed.
-        p: McNemar's exact test for the verdicts of one seed, else a sign-flip test over images; ``holm`` is it, corrected.
+        p: over images, for the networks as they are (:func:`bench.metrics.over_images`); ``holm`` is it, corrected.
+        trainings: p for networks trained again, the larger of ``p`` and :func:`bench.metrics.over_trainings`; None for one
+            seed, which does not tell. ``trainings_holm`` is it, corrected.
     """
 
     evaluation: str
@@ -42,12 +44,23 @@ class Difference:
     each: tuple[float, ...]
     p: float
     holm: float = 1.0
+    trainings: float | None = None
+    trainings_holm: float | None = None
 
     @property
     def verdict(self) -> str:
-        """In words."""
-        if self.holm > LEVEL:
-            return "no difference shown"
+        """For the networks as they are, in words."""
+        return self._direction if self.holm <= LEVEL else "no difference shown"
+
+    @property
+    def again(self) -> str:
+        """For networks trained again, in words."""
+        if self.trainings_holm is None:
+            return "one seed"
+        return self._direction if self.trainings_holm <= LEVEL else "not shown"
+
+    @property
+    def _direction(self) -> str:
         return "higher" if self.difference > 0 else "lower"
 
 
@@ -69,7 +82,12 @@ def compare(
     if not rows:
         raise ValueError(f"{first} and {second} share no number of images in {suite} at budget {budget}")
     corrected = metrics.holm([row.p for row in rows])
-    return [replace(row, holm=p) for row, p in zip(rows, corrected, strict=True)]
+    # Over the same number of rows, so that nothing holds for other trainings that does not hold for these.
+    again = metrics.holm([1.0 if row.trainings is None else row.trainings for row in rows])
+    return [
+        replace(row, holm=p, trainings_holm=None if row.trainings is None else q)
+        for row, p, q in zip(rows, corrected, again, strict=True)
+    ]
 
 
 def _finished(store: Store, suite: str, budget: str, variant: str) -> dict[tuple[str, int], Record]:
@@ -102,13 +120,15 @@ def difference(evaluation: str, number: str, pairs: Sequence[tuple[pd.Series, pd
     low, high = metrics.bootstrap_mean((means.a - means.b).to_numpy())
     each = tuple(_gap(frame) for frame in frames)
     a, b, mean = float(means.a.mean()), float(means.b.mean()), _gap(means)
-    return Difference(evaluation, number, len(means), len(frames), a, b, mean, low, high, each, _p(means, len(frames)))
+    p, trainings = _chances(means, frames)
+    return Difference(evaluation, number, len(means), len(frames), a, b, mean, low, high, each, p, trainings=trainings)
 
 
 def chance(pairs: Sequence[tuple[pd.Series, pd.Series]]) -> float:
-    """The p of :func:`difference` alone."""
+    """The p of :func:`difference` alone: for networks trained again where there are several seeds, else for these."""
     frames = _shared(pairs)
-    return _p(_means(frames), len(frames))
+    p, trainings = _chances(_means(frames), frames)
+    return p if trainings is None else trainings
 
 
 def _gap(frame: pd.DataFrame) -> float:
@@ -126,10 +146,14 @@ def _means(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(frames).groupby(level=0).mean()
 
 
-def _p(means: pd.DataFrame, seeds: int) -> float:
-    apart = (means.a - means.b).to_numpy()
-    verdicts = seeds == 1 and set(np.unique(means.to_numpy())) <= {0.0, 1.0}
-    return metrics.mcnemar(int((apart > 0).sum()), int((apart < 0).sum())) if verdicts else metrics.sign_flip(apart)
+def _chances(means: pd.DataFrame, frames: Sequence[pd.DataFrame]) -> tuple[float, float | None]:
+    """``p`` and ``trainings`` of a :class:`Difference`."""
+    p = metrics.over_images(means.a.to_numpy(), means.b.to_numpy())
+    if len(frames) == 1:
+        return p, None
+    apart = [np.abs((frame.a - frame.b).to_numpy()) for frame in frames]
+    steps = [values[values > 0].min() / len(values) for values in apart if (values > 0).any()]
+    return p, max(p, metrics.over_trainings(np.array([_gap(frame) for frame in frames]), min(steps, default=0.0)))
 
 
 def table(rows: Sequence[Difference], first: str, second: str, fmt: str = "text") -> str:
@@ -139,7 +163,8 @@ def table(rows: Sequence[Difference], first: str, second: str, fmt: str = "text"
         ValueError: for another format.
     """
     if fmt in ("csv", "json"):
-        frame = pd.DataFrame([{**asdict(row), "each": " ".join(map(repr, row.each)), "verdict": row.verdict} for row in rows])
+        told = [{"each": " ".join(map(repr, row.each)), "verdict": row.verdict, "again": row.again} for row in rows]
+        frame = pd.DataFrame([asdict(row) | words for row, words in zip(rows, told, strict=True)])
         return frame.to_csv(index=False).strip() if fmt == "csv" else frame.to_json(orient="records", indent=1)
     if fmt not in FORMATS:
         raise ValueError(f"unknown format {fmt!r}; known are {', '.join(FORMATS)}")
@@ -150,9 +175,9 @@ def table(rows: Sequence[Difference], first: str, second: str, fmt: str = "text"
         percent = "accuracy" in row.number
         shown = [_short(value, percent) for value in (row.a, row.b, row.difference, row.lower, row.upper)]
         each = " ".join(_short(value, percent) for value in row.each) if row.seeds > 1 else ""
-        lines.append(
-            [row.evaluation, row.number, row.n, *shown[:3], f"[{shown[3]}, {shown[4]}]", each, f"{row.holm:.3g}", row.verdict]
-        )
+        again = row.again if row.trainings_holm is None else f"{row.again} (p {row.trainings_holm:.3g})"
+        interval = f"[{shown[3]}, {shown[4]}]"
+        lines.append([row.evaluation, row.number, row.n, *shown[:3], interval, each, f"{row.holm:.3g}", row.verdict, again])
     headings = [
         "eval",
         "number",
@@ -164,6 +189,7 @@ def table(rows: Sequence[Difference], first: str, second: str, fmt: str = "text"
         "of each seed",
         "p (Holm)",
         f"{first} is",
+        "if trained again",
     ]
     grid = str(tabulate(lines, headings, tablefmt={"text": "simple", "md": "github"}[fmt], disable_numparse=True))
     return f"{grid}\n\n{summary(rows, first, second)}\n\n{CAPTION}"
@@ -176,9 +202,19 @@ def summary(rows: Sequence[Difference], first: str, second: str) -> str:
     rest = len(rows) - sum(map(len, shown.values()))
     if not parts:
         return f"Of {len(rows)} numbers none shows a difference between {first} and {second} beyond chance."
-    return f"Beyond chance {first} is {', and '.join(parts)}" + (
-        f"; {rest} of {len(rows)} numbers show no difference." if rest else "."
-    )
+    left = f"; {rest} of {len(rows)} numbers show no difference." if rest else "."
+    return f"Beyond chance {first} is {', and '.join(parts)}{left} {_of_trainings([*shown['higher'], *shown['lower']])}"
+
+
+def _of_trainings(found: Sequence[Difference]) -> str:
+    """What of the differences, which are those of the networks at hand, goes for the methods."""
+    several = [row for row in found if row.trainings_holm is not None]
+    if not several:
+        return "That is for these networks: one training seed does not tell whether networks trained again would differ, too."
+    hold = [f"{row.evaluation}: {row.number}" for row in several if row.again != "not shown"]
+    named = f" ({'; '.join(hold)})" if 0 < len(hold) <= 3 else ""
+    shown = f"{len(hold)} of these {len(several)}" if hold else "none"
+    return f"That is for these networks; that networks trained again would differ, too, is shown in {shown}{named}."
 
 
 def _largest(found: Sequence[Difference]) -> str:
@@ -196,7 +232,9 @@ FORMATS = ("text", "md", "csv", "json")
 CAPTION = (
     "Accuracies in percent. Paired on the same images, means over the training seeds that both have. Intervals (bootstrap) and "
     "tests are over images, for the networks as they were trained: McNemar's exact test for one seed's verdicts, else "
-    "sign flips; p is corrected by Holm over all rows."
+    "sign flips. Training again gives other networks: whether they would differ, too, is read off the seeds (the larger of "
+    "that p and a paired t over seeds), whose differences must be much alike where seeds are few. All p are corrected by Holm "
+    "over all rows."
 )
 
 

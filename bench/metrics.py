@@ -99,6 +99,29 @@ def sign_flip(differences: Floats, flips: int = 9999, seed: int = 0) -> float:
     return (1 + reached) / (1 + flips)
 
 
+def over_images(first: Floats, second: Floats) -> float:
+    """Two-sided p that two classifiers are equally good, for the networks as they are, from values of the same images:
+    :func:`mcnemar` for verdicts, else :func:`sign_flip`."""
+    apart = first - second
+    if np.isin(np.stack([first, second]), (0.0, 1.0)).all():
+        return mcnemar(int((apart > 0).sum()), int((apart < 0).sum()))
+    return sign_flip(apart)
+
+
+def over_trainings(differences: Floats, step: float) -> float:
+    """Two-sided p that differences, one a training seed, have mean 0 over trainings (Student's paired t).
+
+    Args:
+        differences: of two seeds at least.
+        step: the smallest amount by which a difference can change. A deviation below it counts as it: accuracies move by
+            whole images, so that a few seeds agree exactly by coincidence, which would prove anything.
+    """
+    mean, deviation = abs(float(differences.mean())), max(float(differences.std(ddof=1)), step)
+    if mean == 0:
+        return 1.0
+    return 2 * float(stats.t.sf(mean * math.sqrt(len(differences)) / deviation, len(differences) - 1)) if deviation else 0.0
+
+
 def holm(ps: Sequence[float]) -> list[float]:
     """p values corrected for their number, so that all verdicts together err with the level's probability (Holm 1979)."""
     found, highest = [0.0] * len(ps), 0.0

@@ -17,7 +17,7 @@ from scipy import stats
 
 from bench import cli
 from bench.compare import Difference, compare, difference, summary, table
-from bench.metrics import holm, mcnemar, sign_flip
+from bench.metrics import holm, mcnemar, over_images, over_trainings, sign_flip
 from bench.request import Request
 from bench.runner import Run
 from bench.store import Store
@@ -51,6 +51,54 @@ def test_sign_flips_are_exact_for_few_and_uniform_under_no_difference() -> None:
     low = sum(sign_flip(rng.normal(size=40), flips=199) <= 0.05 for _ in range(1000))
     assert 25 <= low <= 80
     assert sign_flip(rng.normal(size=40) + 2) == pytest.approx(1e-4)
+
+
+def test_over_trainings_is_students_paired_t() -> None:
+    gaps = np.array([0.0, 4.0, 1.5])  # of GAL on Fashion-MNIST under PGD: mean 1.8, but 0 once
+    assert over_trainings(gaps, 0.0) == pytest.approx(stats.ttest_1samp(gaps, 0).pvalue) == pytest.approx(0.257, abs=5e-4)
+    assert over_trainings(-gaps, 0.0) == over_trainings(gaps, 0.0)
+    two = np.array([9.0, 11.0])
+    assert over_trainings(two, 0.5) == pytest.approx(stats.ttest_1samp(two, 0).pvalue)
+    for nothing in (np.zeros(3), np.array([-1.0, 1.0])):
+        assert over_trainings(nothing, 0.5) == over_trainings(nothing, 0.0) == 1
+
+
+def test_seeds_that_agree_exactly_prove_no_more_than_seeds_that_are_an_image_apart() -> None:
+    """By hand: the deviation is a step; of 4 steps, t = 4 sqrt(2) with one degree of freedom, whose p is 1 - 2 atan(t) / pi."""
+    assert over_trainings(np.full(2, 2.0), 0.5) == pytest.approx(1 - 2 * np.arctan(4 * 2**0.5) / np.pi)
+    assert over_trainings(np.full(2, 2.0), 0.5) > 0.1 and over_trainings(np.full(5, 2.0), 0.5) < 0.001
+
+
+def verdicts(right: int, images: int = 100) -> pd.Series:
+    return pd.Series(np.arange(images) < right)
+
+
+def test_verdicts_of_one_seed_go_through_mcnemar() -> None:
+    """Twenty images against none are p = 2e-6, which signs never reach."""
+    row = difference("pgd", "accuracy", [(verdicts(70), verdicts(50))])
+    assert row.p == mcnemar(20, 0) < 1e-5 and (row.trainings, row.again) == (None, "one seed")
+    crossed = pd.Series([True] * 3 + [False] * 9), pd.Series([False] * 3 + [True] * 8 + [False])
+    assert difference("pgd", "accuracy", [crossed]).p == mcnemar(3, 8)
+    parts = difference("acr", "radius", [(verdicts(70) * 0.7, verdicts(50) * 0.7)])
+    assert parts.p == sign_flip(np.repeat([0.0, 0.7, 0.0], [50, 20, 30])) == pytest.approx(1e-4)
+
+
+def test_of_several_seeds_it_is_told_whether_trainings_agree() -> None:
+    """Of 60 images, 20, 0 and 40 that stand more: beyond chance for these networks, and nothing about others."""
+    uneven = difference("pgd", "accuracy", [(verdicts(30 + more), verdicts(30)) for more in (20, 0, 40)])
+    alike = difference("pgd", "accuracy", [(verdicts(30 + more), verdicts(30)) for more in (20, 19, 21)])
+    assert uneven.p == alike.p == pytest.approx(1e-4)
+    assert uneven.trainings == pytest.approx(stats.ttest_1samp([20, 0, 40], 0).pvalue)
+    assert alike.trainings == pytest.approx(stats.ttest_1samp([20, 19, 21], 0).pvalue) and alike.trainings < 0.001
+    # What trainings agree on may still be the chance of few images.
+    few = difference("pgd", "accuracy", [(verdicts(52), verdicts(50))] * 9)
+    means = verdicts(52).to_numpy(float), verdicts(50).to_numpy(float)
+    assert few.trainings == few.p == over_images(*means) == mcnemar(2, 0)
+
+
+def test_seeds_that_agree_exactly_have_the_step_of_an_image() -> None:
+    row = difference("pgd", "accuracy", [(verdicts(60), verdicts(50))] * 2)
+    assert row.trainings == pytest.approx(over_trainings(np.full(2, 0.1), 0.01))
 
 
 def test_sums_that_float32_cannot_tell_apart_do_not_differ() -> None:
@@ -120,11 +168,36 @@ def test_the_sentence_counts_what_differs_and_names_the_clearest() -> None:
     ]
     assert summary(rows, "gal", "naive") == (
         "Beyond chance gal is higher than naive in 2 numbers (most clearly in pgd: accuracy at eps 0.2, by 30.0 points, "
-        "95 % interval 29.0 to 31.0); 1 of 3 numbers show no difference."
+        "95 % interval 29.0 to 31.0); 1 of 3 numbers show no difference. That is for these networks: one training seed does "
+        "not tell whether networks trained again would differ, too."
     )
     lower = summary([row("ln ED", -0.2, 0.001)], "gal", "naive")
-    assert lower == "Beyond chance gal is lower than naive in 1 number (pgd: ln ED, by -0.2, 95 % interval -0.21 to -0.19)."
+    assert lower.startswith(
+        "Beyond chance gal is lower than naive in 1 number (pgd: ln ED, by -0.2, 95 % interval -0.21 to -0.19). That is"
+    )
     assert "none shows a difference" in summary(rows[2:], "gal", "naive")
+
+
+def test_p_of_all_rows_are_corrected_together(store: Store) -> None:
+    rows = compare(store, "adp", "naive", "pair")
+    assert [row.holm for row in rows] == holm([row.p for row in rows])
+    assert [row.trainings_holm for row in rows] == holm([row.trainings or 0.0 for row in rows])
+    assert any(row.p < row.holm < 1 for row in rows), "there is nothing that a correction would change"
+    assert any(row.trainings_holm < 1 and row.trainings < row.trainings_holm for row in rows)  # type: ignore[operator]
+    assert all(row.p <= row.trainings for row in rows if row.trainings is not None)
+
+
+def test_the_words_follow_the_corrected_p() -> None:
+    row = Difference("pgd", "accuracy", 100, 3, 0.5, 0.4, 0.1, 0.08, 0.12, (0.1,) * 3, 0.001, 0.01, 0.02, 0.2)
+    assert (row.verdict, row.again) == ("higher", "not shown")
+    other = replace(row, number="accuracy at eps 0.2", trainings_holm=0.04)
+    assert other.again == "higher" and replace(other, difference=-0.1).again == "lower"
+    assert summary([row], "gal", "naive").endswith(
+        "That is for these networks; that networks trained again would differ, too, is shown in none."
+    )
+    assert summary([row, other], "gal", "naive").endswith("too, is shown in 1 of these 2 (pgd: accuracy at eps 0.2).")
+    text = table([row, replace(other, trainings=None, trainings_holm=None)], "gal", "naive")
+    assert "not shown (p 0.2)" in text and "one seed" in text and "paired t over seeds" in text
 
 
 def test_a_defense_does_not_differ_from_itself(store: Store) -> None:

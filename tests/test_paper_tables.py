@@ -239,6 +239,53 @@ def test_the_best_is_bold_only_where_it_differs_from_every_other(tmp_path: Path)
     assert winner(tmp_path / "alone", {"smd": 100}) == []
 
 
+def standing(store: Store, defense: str, counts: list[int], **changes: Any) -> None:
+    """Of a defense under PGD, a record a training seed: so many of 200 images stand, the first ones."""
+    for seed, count in enumerate(counts):
+        made = attacked(defense, count / 200, seed=seed, **changes)
+        store.write(made)
+        store.write_rows(made, rows_of(np.arange(200) < count))
+
+
+@pytest.mark.parametrize(
+    ("counts", "bold"),
+    [
+        ([40, 41, 42], ["gal"]),
+        ([0, 80, 30], []),  # 80 images of 200 stand more often, and over trainings p = 0.26
+        ([6, 6, 6], ["gal"]),  # no deviation counts as that of an image: p = 0.009
+        ([6, 6], []),  # p = 0.07
+        ([4, 4, 4], []),  # trainings agree (p = 0.02), but four images may be chance (p = 0.12)
+    ],
+)
+def test_bold_of_several_seeds_holds_over_trainings(tmp_path: Path, counts: list[int], bold: list[str]) -> None:
+    store = Store(tmp_path)
+    standing(store, "naive", [0] * len(counts))
+    standing(store, "gal", counts)
+    table = join(load("smd_table1"), store)
+    assert [one.row["defense"] for one in table.cells.values() if one.best] == bold
+    assert "of several seeds, over trainings (paired t)" in render(table)
+
+
+def test_nothing_is_bold_where_another_question_was_asked(tmp_path: Path) -> None:
+    """Other images, other settings, other seeds: each alone leaves a far better defense without bold."""
+    fields = {**ROBUST, "attack": "pgd", "steps": 7}
+    others = {
+        "images": {"hashes": {"data": "mnist parquet", "images": "sha256:2"}},
+        "settings": {"eval": {"name": "pgd", "fields": fields}},
+        "nothing": {},
+    }
+    for name, changes in others.items():
+        store = Store(tmp_path / name)
+        standing(store, "naive", [20])
+        standing(store, "gal", [100], **changes)
+        best = [one.row["defense"] for one in join(load("smd_table1"), store).cells.values() if one.best]
+        assert best == ([] if changes else ["gal"]), name
+    store = Store(tmp_path / "seeds")
+    standing(store, "naive", [20])
+    standing(store, "gal", [100, 100, 100])
+    assert not any(one.best for one in join(load("smd_table1"), store).cells.values())
+
+
 def test_bold_is_written_in_every_format(tmp_path: Path) -> None:
     assert winner(tmp_path, {"naive": 20, "smd": 100}) == ["smd"]
     table = join(load("smd_table1"), Store(tmp_path))

@@ -97,11 +97,14 @@ def test_only_images_that_both_were_asked_about_are_compared() -> None:
     assert not apart(verdicts(50, images=50), verdicts(50, images=100))
 
 
-def test_means_over_seeds_are_told_apart_by_their_paired_interval() -> None:
+def test_means_over_seeds_are_told_apart_by_signs() -> None:
     a = over_seeds([verdicts(60), verdicts(60)])
     b = over_seeds([verdicts(60), verdicts(30)])
     assert b.mean() == pytest.approx(0.45)
-    assert apart(a, b) and not apart(a, a + 1e-12 * pd.Series([1, -1] * 50))
+    assert apart(a, b), "30 of 100 images are half as often right"
+    assert apart(a, over_seeds([verdicts(60), verdicts(54)])), "six images, all one way: p = 2 / 2^6"
+    assert not apart(a, over_seeds([verdicts(60), verdicts(55)])), "five: p = 2 / 2^5"
+    assert not apart(a, a + 1e-12 * pd.Series([1, -1] * 50))
 
 
 def test_a_rank_is_shared_with_the_best_of_those_that_have_it() -> None:

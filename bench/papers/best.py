@@ -1,4 +1,5 @@
-"""Which value of a block and column is the best beyond chance: paired on the same images, corrected for many comparisons."""
+"""Which value of a block and column is the best beyond chance: paired on the same images and, of several training seeds, over
+trainings, too, since bold speaks of a method; corrected for many comparisons."""
 
 from __future__ import annotations
 
