@@ -10,6 +10,7 @@ import pandas as pd
 
 from bench import metrics
 from bench.per_image import per_image
+from bench.registry import RegistryError, resolve
 from bench.store import Record, Store
 from bench.suites import unknown
 
@@ -69,10 +70,17 @@ def compare(
 ) -> list[Difference]:
     """Every number that two variants share at a budget of a suite, as ``first`` less ``second``.
 
+    Args:
+        first, second: as records call them (:func:`label`).
+
     Raises:
-        ValueError: if one has no finished records there, or they share no number; says what there is.
+        ValueError: if one has no finished records there, or not of an evaluation, or they share no number; says what there is.
     """
     found = {name: _finished(store, suite, budget, name) for name in (first, second)}
+    evaluations = {evaluation for own in found.values() for evaluation, _ in own}
+    for name in only:
+        if name not in evaluations:
+            raise ValueError(f"--only: {unknown(name, evaluations, 'evaluation')}")
     rows: list[Difference] = []
     for evaluation in dict.fromkeys(name for name, _ in found[first]):
         seeds = sorted({seed for name, seed in found[first].keys() & found[second].keys() if name == evaluation})
@@ -88,6 +96,16 @@ def compare(
         replace(row, holm=p, trainings_holm=None if row.trainings is None else q)
         for row, p, q in zip(rows, corrected, again, strict=True)
     ]
+
+
+def label(spec: str) -> str:
+    """What records call a variant that is given as on the command line; the text itself where it names none here, since records
+    may be of somebody else's defense."""
+    try:
+        found = resolve(spec, {})
+    except RegistryError:
+        return spec
+    return found[0].label if len(found) == 1 else spec
 
 
 def _finished(store: Store, suite: str, budget: str, variant: str) -> dict[tuple[str, int], Record]:

@@ -38,7 +38,7 @@ def table(
         if suite is not None:
             raise ValueError(f"--suite: the table of a paper names its suites; give it with summary, got {name}")
         store = Store(runs)
-        print(formats.render(join.join(layout.load(name), store, budget), format_))
+        print(formats.render(join.join(layout.load(name, ("summary",)), store, budget), format_))
     for problem in store.problems:
         print(problem, file=sys.stderr)
 
@@ -66,7 +66,7 @@ def plot(
 
 
 def compare(  # noqa: PLR0913, PLR0917 (every option of the contract)
-    first: Annotated[str, typer.Argument(help="a variant, e.g. gal")],
+    first: Annotated[str, typer.Argument(help="a variant, e.g. gal or gal@members=5")],
     second: Annotated[str, typer.Argument(help="another, e.g. naive")],
     suite: SuiteName,
     budget: Annotated[str, typer.Option(help="smoke, quick or paper")] = "quick",
@@ -80,6 +80,7 @@ def compare(  # noqa: PLR0913, PLR0917 (every option of the contract)
 
     options.check_format(format_, comparison.FORMATS)
     store = _filled(runs, suite)
+    first, second = comparison.label(first), comparison.label(second)
     rows = comparison.compare(store, first, second, suite, budget, options.names(only))
     print(comparison.table(rows, first, second, format_))
     if out:

@@ -121,11 +121,11 @@ def _check_recipe(place: str, values: dict[str, Any], given: dict[str, Any]) -> 
         raise ValueError(f"{place}.decay_at: shares of the epochs, from 0 to 1, got {list(recipe.decay_at)}")
 
 
-def unknown(given: str, known: Any) -> str:
-    """'unknown "x"; did you mean "y"? Known are ...'."""
+def unknown(given: str, known: Any, what: str = "") -> str:
+    """'unknown "x"; did you mean "y"? Known are ...'; with what it was to be, if that is not clear."""
     near = difflib.get_close_matches(str(given), [str(k) for k in known], 1, 0.5)
     hint = f"did you mean {near[0]!r}? Known" if near else "known"
-    return f"unknown {given!r}; {hint} are {', '.join(sorted(map(str, known)))}"
+    return f"unknown {f'{what} ' if what else ''}{given!r}; {hint} are {', '.join(sorted(map(str, known)))}"
 
 
 def available() -> list[str]:

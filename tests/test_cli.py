@@ -63,6 +63,7 @@ def test_a_dry_run_writes_nothing(bench, tiny: Path, capsys: pytest.CaptureFixtu
         (("run", "--defense", "naive", "--suite", "digits", "--executor", "rey"), "did you mean 'ray'"),
         (("run", "--defense", "naive", "--suite", "digits", "--address", "auto"), "give --executor ray, too"),
         (("run", "--defense", "naive", "--suite", "mnist", "--data", "nowhere"), "nowhere"),
+        (("reproduce", "summary"), "table: unknown 'summary'; known are cear_runtime, cear_table1"),
         (("table", "summry"), "did you mean 'summary'"),
         (("table", "summary", "--format", "pdf"), "unknown 'pdf'"),
         (("table", "summary", "--runs", "nowhere"), "no records"),

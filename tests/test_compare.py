@@ -211,7 +211,8 @@ def test_a_defense_does_not_differ_from_itself(store: Store) -> None:
     [
         (("gal", "naive"), "unknown 'gal'; known are adp, naive"),
         (("adp", "naive", "--budget", "paper"), "no finished records of budget paper"),
-        (("adp", "naive", "--only", "pgd"), "share no number"),
+        (("adp@members=5", "naive"), "unknown 'adp@members=5'; known are adp, naive"),
+        (("adp", "naive", "--only", "clean,clen"), "--only: unknown evaluation 'clen'; did you mean 'clean'? Known are clean"),
         (("adp", "naive", "--format", "pdf"), "--format: unknown 'pdf'; known are csv, json, md, text"),
     ],
 )
@@ -223,6 +224,20 @@ def test_wrong_requests_get_one_line(
         cli.main()
     shown = capsys.readouterr()
     assert end.value.code == 2 and text in shown.err and len(shown.err.splitlines()) == 1 and not shown.out
+
+
+def test_variants_are_compared_as_commands_write_them(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three members are the default, so that records call both by their names alone."""
+    shown = []
+    for words in (("adp", "naive"), ("adp@members=3", "naive@members=3")):
+        monkeypatch.setattr(sys, "argv", ["bench", "compare", *words, "--suite", "pair", "--runs", str(store.root)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert not end.value.code
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] and "Beyond chance adp is" in shown[0]
 
 
 @pytest.mark.parametrize("fmt", ["text", "md", "csv", "json"])

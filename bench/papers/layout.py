@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import string
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -217,15 +217,18 @@ def available() -> list[str]:
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 
-def load(name: str) -> Layout:
+def load(name: str, others: Sequence[str] = ()) -> Layout:
     """A table by name.
+
+    Args:
+        others: what the caller knows besides, to be suggested to who mistypes it.
 
     Raises:
         ValueError: for an unknown table, a key that does not exist, or a name that nothing goes by; says where.
     """
     path = TABLES / f"{name}.toml"
     if not path.is_file():
-        raise ValueError(f"table: {unknown(name, ['summary', *available()])}")
+        raise ValueError(f"table: {unknown(name, [*others, *available()])}")
     with in_words(path.name):
         layout = Layout(name=name, **_read(path))
         check(layout)
