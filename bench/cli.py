@@ -88,6 +88,7 @@ def reproduce(  # noqa: PLR0913, PLR0917 (every option of the contract)
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1")] = "auto",
     data: Data = None,
     runs: Runs = Path("runs"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="move aside (never deleted) what does not answer the table")] = False,
     executor: Workers = "local",
     address: Address = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan alone")] = False,
@@ -99,8 +100,16 @@ def reproduce(  # noqa: PLR0913, PLR0917 (every option of the contract)
     from bench.request import Wish
 
     environment.one_thread()
-    chosen = options.seeds(seeds) if seeds else ()
-    wish = Wish(budget=budget, seeds=chosen, device=device, data=data, runs=runs, executor=executor, address=address)
+    wish = Wish(
+        budget=budget,
+        seeds=options.seeds(seeds) if seeds else (),
+        device=device,
+        data=data,
+        runs=runs,
+        executor=executor,
+        address=address,
+        fresh=fresh,
+    )
     try:
         well = show.reproduced(load(table), wish, Progress(sys.stderr), dry_run)
     except KeyboardInterrupt:

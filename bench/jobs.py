@@ -33,11 +33,12 @@ ITSELF = "itself"
 
 @dataclass(frozen=True)
 class Job:
-    """One record to be made: where it will be, what was asked, and how to do it."""
+    """One record to be made: where it will be, what was asked, how to do it, and whether what is there is moved aside first."""
 
     variant: Variant
     evaluation: Evaluation
     blank: Record
+    fresh: bool = False
 
     @property
     def model(self) -> tuple[str, int]:

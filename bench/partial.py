@@ -97,6 +97,14 @@ class Partial:
             raise StoreError(f"{self.folder} holds pieces of another request: {wrong}; use --fresh to move them aside")
         return True
 
+    def differs(self, request: dict[str, Any]) -> bool:
+        """Whether there are pieces of another request, as far as can be told before networks are fitted: of hashes those alone
+        count that the request has."""
+        if not self._note.exists():
+            return False
+        old = {k: v for k, v in json.loads(self._note.read_text()).items() if k in request or not k.startswith("hashes.")}
+        return bool(differences(old, json.loads(json.dumps(request))))
+
     def piece(self, number: int) -> pd.DataFrame | None:
         """A finished piece, or None. A damaged one is moved aside and counts as missing."""
         path = self._path(number)

@@ -18,6 +18,8 @@ class Wish:
         runs: folder of results.
         executor: local (this process, or one process a GPU where there are several) or ray.
         address: of a Ray cluster; of $RAY_ADDRESS by default, and else Ray is started on this machine.
+        fresh: move stored results aside, never deleted, and compute them again: everything that a run asks for, and of a
+            table what does not answer it.
     """
 
     budget: str = "quick"
@@ -27,6 +29,7 @@ class Wish:
     runs: Path = Path("runs")
     executor: str = "local"
     address: str | None = None
+    fresh: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,6 @@ class Request(Wish):
         defense: "a,b", "all", "name@field=value", "./mine.py" or "./mine.py:name".
         suite: name of a suite, or the path of a TOML file.
         only: evaluations to run; all by default.
-        fresh: move finished results aside and compute them again.
         shard: (i, k), do every k-th piece of work, from the i-th of 1 to k; :mod:`bench.merge` brings shards together.
     """
 
@@ -45,5 +47,4 @@ class Request(Wish):
     suite: str
     seeds: tuple[int, ...] = (0,)
     only: tuple[str, ...] = ()
-    fresh: bool = False
     shard: tuple[int, int] = (1, 1)

@@ -79,7 +79,7 @@ class Run:
                 subject = Subject(Classifier(), getattr(variant.defense, "sigma", None), seed)
                 for name in wanted:
                     evaluation = self.suite.evals[name]
-                    yield Job(variant, evaluation, self._blank(variant, seed, name, evaluation, subject))
+                    yield Job(variant, evaluation, self._blank(variant, seed, name, evaluation, subject), self.request.fresh)
 
     def _blank(self, variant: Variant, seed: int, name: str, evaluation: Evaluation, subject: Subject) -> Record:
         """The record of a job before it is done."""
@@ -134,7 +134,7 @@ class Run:
         jobs = []
         for job in self.jobs:
             old = self.store.find(job.blank)
-            if old is None or old.status in ("error", "running") or self.request.fresh:
+            if job.fresh or old is None or old.status in ("error", "running"):
                 jobs.append(job)
                 continue
             wrong = differences(old.request(), job.blank.request())
@@ -145,6 +145,12 @@ class Run:
                 )
         return jobs
 
+    def stands_in_the_way(self, job: Job) -> bool:
+        """Whether a record in the place of a job, or pieces of one, answer another request."""
+        old, asked = self.store.find(job.blank), job.blank.request()
+        unfinished = self.store.partial(job.blank).differs({**asked, "numerics": job.blank.numerics})
+        return unfinished or (old is not None and bool(differences(old.request(), asked)))
+
     def execute(self) -> list[Record]:
         """Do what is missing; returns the records of all jobs, in order.
 
@@ -153,8 +159,8 @@ class Run:
         """
         with closing(self), locked(self.store.root / self.suite.name), environment.measuring():
             missing = self.missing()
-            if self.request.fresh:
-                for job in missing:
+            for job in missing:
+                if job.fresh:
                     self.store.move_aside(job.blank)
             try:
                 if self.executor:

@@ -64,9 +64,11 @@ def reproduced(layout: Layout, wish: Wish, progress: Progress, dry_run: bool) ->
             print(line, flush=True)
         if dry_run:
             return True
-        records = reproduce.execute(steps)
+        records, problems = reproduce.execute(steps)
     print("\n" + formats.render(join.join(layout, Store(wish.runs), wish.budget)))
-    return all(step.run for step in steps) and all(record.status != "error" for record in records)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return not problems and all(step.run for step in steps) and all(record.status != "error" for record in records)
 
 
 def states(runs: Path) -> None:

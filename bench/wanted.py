@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -44,16 +44,22 @@ class Hole:
         where: what it was wanted for, in words.
         need: the record.
         reason: why there is none.
+        taken: whether a finished record that does not answer has its place.
     """
 
     where: str
     need: Need
     reason: str
+    taken: bool = False
 
     @property
     def fillable(self) -> bool:
         """Whether a run would help; what was skipped makes no sense."""
         return not self.reason.startswith("skipped")
+
+
+FINISHED = ("success", "skipped")
+"""Statuses of records that a run leaves as they are."""
 
 
 class Shelf:
@@ -75,10 +81,14 @@ class Shelf:
         if not found:
             return "no record"
         one = found[0]
-        if one.status == "success":
+        if one.status in FINISHED and one.suite["version"] != self._suite(need).version:
             return f"the record is of version {one.suite['version']} of the suite"
         last = (one.error or "").strip().splitlines()[-1:]
         return ": ".join([one.status, *last])
+
+    def taken(self, need: Need) -> bool:
+        """Whether a finished record has its place, be it that of an older question."""
+        return any(record.status in FINISHED for record in self._all(need))
 
     def _suite(self, need: Need) -> Suite:
         if need.suite not in self._suites:
@@ -95,16 +105,21 @@ class Shelf:
         return sorted(self._records[name].get((need.variant, need.eval), []), key=lambda record: record.seed)
 
 
-def commands(needs: Iterable[Need], budget: str, seeds: Sequence[int] = ()) -> list[str]:
-    """What makes records: a command for each suite and set of evaluations, of some training seeds or of the usual one."""
-    evals: dict[tuple[str, str], list[str]] = {}
+def commands(needs: Iterable[Need], budget: str, seeds: Sequence[int] = (), taken: Collection[Need] = ()) -> list[str]:
+    """What makes records: a command for each suite and set of evaluations, of some training seeds or of the usual one.
+
+    Args:
+        taken: those whose place has a finished record that does not answer. A run would leave it, or refuse, so that they have
+            commands of their own that move it aside.
+    """
+    evals: dict[tuple[str, str, str], list[str]] = {}
     for need in needs:
-        evals.setdefault((need.suite, need.spec), []).append(need.eval)
-    together: dict[tuple[str, str], list[str]] = {}
-    for (suite, spec), names in evals.items():
-        together.setdefault((suite, ",".join(dict.fromkeys(names))), []).append(spec)
+        evals.setdefault((need.suite, need.spec, " --fresh" if need in taken else ""), []).append(need.eval)
+    together: dict[tuple[str, str, str], list[str]] = {}
+    for (suite, spec, fresh), names in evals.items():
+        together.setdefault((suite, ",".join(dict.fromkeys(names)), fresh), []).append(spec)
     told = f"--budget {budget}" + (f" --seeds {','.join(map(str, seeds))}" if seeds else "")
     return [
-        f"bench run --defense {','.join(specs)} --suite {suite} {told} --only {names}"
-        for (suite, names), specs in together.items()
+        f"bench run --defense {','.join(specs)} --suite {suite} {told} --only {names}{fresh}"
+        for (suite, names, fresh), specs in together.items()
     ]

@@ -187,6 +187,18 @@ def test_p_of_all_rows_are_corrected_together(store: Store) -> None:
     assert all(row.p <= row.trainings for row in rows if row.trainings is not None)
 
 
+def test_what_one_seed_alone_has_counts_in_the_correction_of_trainings(store: Store, tmp_path: Path) -> None:
+    """Else a difference could hold for networks trained again that is none for these."""
+    copied = Store(tmp_path)
+    for record in store.records():
+        if record.seed == 0 or record.eval["name"] == "clean":
+            copied.write(record)
+            copied.write_rows(record, store.rows(record))
+    clean, *others = compare(copied, "adp", "naive", "pair")
+    assert clean.seeds == 2 and len(others) > 5 and {row.again for row in others} == {"one seed"}
+    assert clean.trainings is not None and clean.trainings_holm == min(1.0, clean.trainings * (1 + len(others)))
+
+
 def test_the_words_follow_the_corrected_p() -> None:
     row = Difference("pgd", "accuracy", 100, 3, 0.5, 0.4, 0.1, 0.08, 0.12, (0.1,) * 3, 0.001, 0.01, 0.02, 0.2)
     assert (row.verdict, row.again) == ("higher", "not shown")

@@ -180,17 +180,29 @@ def test_a_hole_has_a_reason_and_no_zero(make: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("changes", "reason", "fresh"),
     [
-        ({"suite": {"name": "tiny", "version": 2, "budget": "quick"}}, "the record is of version 2 of the suite"),
-        ({"suite": {"name": "tiny", "version": 1, "budget": "paper"}}, "no record"),
-        ({"metrics": []}, "the record has no such number"),
+        ({"suite": {"name": "tiny", "version": 2, "budget": "quick"}}, "the record is of version 2 of the suite", True),
+        (
+            {"suite": {"name": "tiny", "version": 2, "budget": "quick"}, "status": "skipped"},
+            "the record is of version 2 of the suite",
+            True,
+        ),
+        ({"suite": {"name": "tiny", "version": 1, "budget": "paper"}}, "no record", False),
+        ({"metrics": []}, "the record has no such number", True),
     ],
 )
-def test_records_of_another_question_do_not_count(make: Make, tmp_path: Path, changes: dict[str, object], reason: str) -> None:
+def test_records_of_another_question_do_not_count(
+    make: Make, tmp_path: Path, changes: dict[str, object], reason: str, fresh: bool
+) -> None:
+    """A command that has to move one aside says so, apart from those that have not."""
     one = pgd("smd", {0.1: 0.3}).model_copy(update=changes)
     drawn = draw(make(PGD, TWO), tmp_path, one)
     assert drawn.page.axes[0].get_lines()[:] == [] and f"- p: SMD: {reason}" in drawn.words
+    asked = f"--suite {tmp_path}/tiny.toml --budget quick --only pgd"
+    apart = [f"bench run --defense naive {asked}", f"bench run --defense smd {asked} --fresh"]
+    made = drawn.words.partition("What would make it:\n")[2].split("\n")[:-1]
+    assert made == (apart if fresh else [f"bench run --defense naive,smd {asked}"])
 
 
 def test_what_makes_no_sense_has_no_command(make: Make, tmp_path: Path) -> None:
@@ -203,6 +215,14 @@ def test_a_command_makes_all_that_a_suite_lacks() -> None:
     needs = [Need("digits", spec, name) for spec in ("naive", "gal") for name in ("clean", "pgd", "pgd")]
     asked = "--suite digits --budget quick --seeds 0,1 --only clean,pgd"
     assert commands(needs, "quick", (0, 1)) == [f"bench run --defense naive,gal {asked}"]
+    mixed = commands(needs, "quick", taken=[needs[0], needs[4]])
+    told = "--suite digits --budget quick --only"
+    assert mixed == [
+        f"bench run --defense naive {told} clean --fresh",
+        f"bench run --defense naive {told} pgd",
+        f"bench run --defense gal {told} clean",
+        f"bench run --defense gal {told} pgd --fresh",
+    ]
     assert Hole("p", needs[0], "no record").fillable and not Hole("p", needs[0], "skipped: no noise").fillable
 
 

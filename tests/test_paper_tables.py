@@ -167,6 +167,12 @@ def test_seeds_that_were_asked_otherwise_and_other_versions_are_left_out_and_nam
     assert cell(table, dataset="mnist", defense="naive", attack="pgd").value == pytest.approx(20)
     assert not cell(table, dataset="mnist", defense="adp", attack="pgd").filled
     text = render(table)
+    assert "bench reproduce smd_table1 --budget quick --fresh" in text
+    asked = "--suite smd_mnist --budget quick --seeds 0 --only"
+    run = f"bench run --defense adp@members=3 {asked}"
+    both = f"bench run --defense naive@members=3,adp@members=3 {asked}"
+    assert f"{both} clean,fgsm,r_fgsm,bim,mim\n" in text and f"{run} pgd --fresh\n" in text
+    assert cell(table, dataset="mnist", defense="adp", attack="pgd").command((0,)) == f"{run} pgd --fresh"
     assert "smd_mnist/quick/naive/pgd: 1 seeds that were asked otherwise than the first" in text
     assert "smd_mnist/quick/adp/pgd: 1 records of another version of the suite" in text
 
@@ -388,3 +394,8 @@ def test_a_skipped_question_is_told_and_asks_for_no_run(tmp_path: Path) -> None:
     text = render(join(load("smd_table1"), store))
     assert "makes no sense here: one network only" in text
     assert [line.split()[3].split(",")[0] for line in text.splitlines() if "--suite smd_mnist" in line] == ["adp@members=3"]
+    # What an older version of the suite skipped, the present one may ask.
+    old = {"name": "smd_mnist", "version": 0, "budget": "quick"}
+    store.write(attacked("naive", 0.1, "pgd", suite=old, status="skipped", metrics=[], error="one network only"))
+    text = render(join(load("smd_table1"), store))
+    assert "bench run --defense naive@members=3 --suite smd_mnist --budget quick --seeds 0 --only pgd --fresh" in text

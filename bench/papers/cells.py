@@ -111,6 +111,7 @@ class Cell:
         deviation: whether the published number is one, over training seeds.
         records, ours: finished records that answer, one a training seed, and their numbers.
         why: of a hole, what its records say instead of a number, if there are any.
+        taken: whether a finished record that does not answer has a place that a run would need.
         status: what may be believed of the records, as in summaries; "" for a hole.
         best: whether it is the best of its block and column, and differs from all others there significantly.
     """
@@ -125,6 +126,7 @@ class Cell:
     records: tuple[Record, ...] = ()
     ours: tuple[Number, ...] = ()
     why: str = ""
+    taken: bool = False
     status: str = ""
     best: bool = False
 
@@ -193,7 +195,7 @@ class Cell:
 
     def command(self, seeds: Sequence[int]) -> str:
         """What fills the cell."""
-        return commands([self.need], self.budget, seeds)[0]
+        return commands([self.need], self.budget, seeds, [self.need] if self.taken else ())[0]
 
     @property
     def need(self) -> Need:

@@ -13,6 +13,7 @@ from bench.papers.cells import Cell, number
 from bench.papers.layout import Layout, facts, variant
 from bench.store import Record, Store
 from bench.suites import BUDGETS, Suite, load_suite, unknown
+from bench.wanted import FINISHED
 
 Label = tuple[Hashable, ...]
 """Values of the columns of published numbers that make a row, or a column."""
@@ -90,8 +91,7 @@ class Shelf:
     def answering(self, key: Key) -> tuple[list[Record], list[str]]:
         """Finished records of the suite as it is now, by seed, that were asked the same; and why others are left out."""
         every = [record for _, record in sorted(self.found.get(key, {}).items()) if record.status == "success"]
-        version = suite(key[0], key[1]).version if key[1] in BUDGETS else None
-        now = [record for record in every if record.suite["version"] == version]
+        now = [record for record in every if _is_current(key, record)]
         same = [record for record in now if _asked(record) == _asked(now[0])]
         notes = (
             [f"{'/'.join(key)}: {len(every) - len(now)} records of another version of the suite"]
@@ -107,12 +107,18 @@ class Shelf:
 
     def instead(self, key: Key) -> str:
         """What there is in place of a finished record, in words; "" if there is nothing."""
-        states = {record.status: record for _, record in sorted(self.found.get(key, {}).items(), reverse=True)}
+        found = sorted(self.found.get(key, {}).items(), reverse=True)
+        states = {record.status: record for _, record in found if record.status != "skipped" or _is_current(key, record)}
         for status, words in (("skipped", "makes no sense here"), ("error", "failed"), ("running", "not finished")):
             if status in states:
                 text = (states[status].error or "").strip().splitlines()
                 return f"{words}: {text[-1]}" if text else words
         return ""
+
+
+def _is_current(key: Key, record: Record) -> bool:
+    """Whether a record is of the suite as it is now."""
+    return key[1] in BUDGETS and record.suite["version"] == suite(key[0], key[1]).version
 
 
 def _asked(record: Record) -> tuple[Any, ...]:
@@ -164,8 +170,10 @@ def _at(layout: Layout, shelf: Shelf, budget: str) -> PaperTable:
         left_out += notes
         pairs = [(record, found) for record in records if (found := number(record, cell.answer, row)) is not None]
         why = "" if pairs else "its record has no such number" if records else shelf.instead(key)
+        taken = sum(record.status in FINISHED for record in shelf.found.get(key, {}).values()) > len(pairs)
         where = (tuple(row[name] for name in layout.rows), tuple(row[name] for name in layout.columns))
-        cells[where] = replace(cell, records=tuple(own for own, _ in pairs), ours=tuple(own for _, own in pairs), why=why)
+        kept, ours = tuple(own for own, _ in pairs), tuple(own for _, own in pairs)
+        cells[where] = replace(cell, records=kept, ours=ours, why=why, taken=taken)
     return PaperTable(layout, budget, cells, tuple(dict.fromkeys(left_out)))
 
 

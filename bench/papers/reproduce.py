@@ -8,9 +8,11 @@ from dataclasses import dataclass, fields, replace
 from bench import environment
 from bench.executors import Executor
 from bench.forecast import forecast
-from bench.papers.cells import Cell
+from bench.jobs import Job
+from bench.papers.cells import Cell, number
 from bench.papers.join import join
 from bench.papers.layout import Layout
+from bench.partial import StoreError
 from bench.progress import Progress
 from bench.request import Request, Wish
 from bench.runner import Run
@@ -19,11 +21,16 @@ from bench.store import Record, Store
 
 @dataclass(frozen=True)
 class Step:
-    """What a suite has to do: a run of exactly the evaluations that each variant needs, or why there is none."""
+    """What a suite has to do: a run of exactly the evaluations that each variant needs, or why there is none.
+
+    Attributes:
+        lacking: jobs whose finished record lacks a number of the table, and stays without ``fresh``.
+    """
 
     suite: str
     run: Run | None
     problem: str = ""
+    lacking: tuple[Job, ...] = ()
 
 
 def prepare(layout: Layout, wish: Wish, progress: Progress, executor: Executor | None = None) -> list[Step]:
@@ -54,20 +61,46 @@ def by_suite(layout: Layout, wish: Wish) -> tuple[dict[str, list[Cell]], tuple[i
 
 
 def step(suite: str, cells: Sequence[Cell], wish: Wish, progress: Progress, executor: Executor | None = None) -> Step:
-    """A run of the evaluations that cells of a suite need, and of no others."""
+    """A run of the evaluations that cells of a suite need, and of no others.
+
+    If the wish is ``fresh``, records that answer another request or lack a number are moved aside; those that answer stay.
+    """
     request = Request(
         defense=",".join(dict.fromkeys(cell.spec for cell in cells)),
         suite=suite,
         only=tuple(dict.fromkeys(cell.answer.eval for cell in cells)),
-        **{field.name: getattr(wish, field.name) for field in fields(wish)},
+        **{field.name: getattr(wish, field.name) for field in fields(wish)} | {"fresh": False},
     )
     try:
         run = Run(request, progress, executor)
     except ValueError as error:
         return Step(suite, None, str(error))
-    pairs = {(cell.label, cell.answer.eval) for cell in cells}
-    run.jobs = [job for job in run.jobs if (job.variant.label, job.blank.eval["name"]) in pairs]
-    return Step(suite, run)
+    asked: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        asked.setdefault((cell.label, cell.answer.eval), []).append(cell)
+    run.jobs = [job for job in run.jobs if _of(job) in asked]
+    lacks = [_lacks(run, job, asked[_of(job)]) for job in run.jobs]
+    if wish.fresh:
+        found = zip(run.jobs, lacks, strict=True)
+        run.jobs = [replace(job, fresh=lacking or run.stands_in_the_way(job)) for job, lacking in found]
+        return Step(suite, run)
+    try:
+        run.missing()
+    except StoreError as error:  # the other suites go on
+        run.close()
+        return Step(suite, None, str(error))
+    return Step(suite, run, lacking=tuple(job for job, lacking in zip(run.jobs, lacks, strict=True) if lacking))
+
+
+def _of(job: Job) -> tuple[str, str]:
+    """Variant and evaluation, as cells name them."""
+    return job.variant.label, str(job.blank.eval["name"])
+
+
+def _lacks(run: Run, job: Job, cells: Sequence[Cell]) -> bool:
+    """Whether a job has a finished record without the number of a cell."""
+    old = run.store.find(job.blank)
+    return old is not None and old.status == "success" and any(number(old, cell.answer, cell.row) is None for cell in cells)
 
 
 def plan(layout: Layout, wish: Wish, steps: list[Step]) -> Iterator[str]:
@@ -79,11 +112,10 @@ def plan(layout: Layout, wish: Wish, steps: list[Step]) -> Iterator[str]:
             continue
         seeds = ",".join(map(str, step.run.request.seeds))
         todo = step.run.missing()
-        yield f"{step.suite}, seeds {seeds}: {len(step.run.jobs) - len(todo)} of {len(step.run.jobs)} records are there"
-        evals: dict[str, list[str]] = {}
-        for job in todo:
-            evals.setdefault(f"{job.variant.label}, seed {job.blank.seed}", []).append(job.blank.eval["name"])
-        yield from (f"  to do  {who}: {', '.join(names)}" for who, names in evals.items())
+        there = len(step.run.jobs) - len(todo) - len(step.lacking)
+        yield f"{step.suite}, seeds {seeds}: {there} of {len(step.run.jobs)} records are there"
+        yield from (f"  to do  {line}" for line in _told(todo))
+        yield from (f"  to do with --fresh  {line}: the record has no such number" for line in _told(step.lacking))
         size = sum(images.pixels.nbytes for images in (step.run.task.train, step.run.task.validation, step.run.test))
         yield f"  memory: {size / 1e6:.1f} MB of images on {step.run.device}; of networks and attacks unknown"
         if todo:
@@ -91,6 +123,27 @@ def plan(layout: Layout, wish: Wish, steps: list[Step]) -> Iterator[str]:
             yield f"  {step.run.plan}"
 
 
-def execute(steps: list[Step]) -> list[Record]:
-    """Do everything that can run, suite by suite; what is finished already is kept."""
-    return [record for step in steps if step.run is not None for record in step.run.execute()]
+def _told(jobs: Sequence[Job]) -> list[str]:
+    """Variants, each with its evaluations."""
+    evals: dict[str, list[str]] = {}
+    for job in jobs:
+        evals.setdefault(f"{job.variant.label}, seed {job.blank.seed}", []).append(job.blank.eval["name"])
+    return [f"{who}: {', '.join(names)}" for who, names in evals.items()]
+
+
+def execute(steps: list[Step]) -> tuple[list[Record], list[str]]:
+    """Do everything that can run, suite by suite; what is finished already is kept.
+
+    Returns:
+        all records, and in words what the run folder refused: pieces of another request, a suite in which another run works.
+    """
+    records: list[Record] = []
+    problems: list[str] = []
+    for step in steps:
+        try:
+            records += step.run.execute() if step.run is not None else []
+        except StoreError as error:
+            if error.broken:
+                raise
+            problems.append(f"{step.suite}: {error}")
+    return records, problems

@@ -223,8 +223,9 @@ def _commands(table: PaperTable) -> list[str]:
     holes = [cell for cell in table.cells.values() if not cell.filled and not cell.why.startswith("makes no sense")]
     if not holes:
         return []
-    apart = commands((cell.need for cell in holes), table.budget, table.seeds)
-    return [f"bench reproduce {table.layout.name} --budget {table.budget}", *apart]
+    taken = [cell.need for cell in holes if cell.taken]
+    apart = commands((cell.need for cell in holes), table.budget, table.seeds, taken)
+    return [f"bench reproduce {table.layout.name} --budget {table.budget}" + (" --fresh" if taken else ""), *apart]
 
 
 def _holes(table: PaperTable) -> list[str]:

@@ -63,7 +63,7 @@ def _of_suite(panel: Curves | View, suite: str, shelf: Shelf) -> Filled:
         lost = "" if _drawable(panel, places, shelf) else _LOST[panel.kind in ROWS]
         for x, need in needs[label].items():
             reason = lost if places[x] else shelf.reason(need)
-            holes += [Hole(where, need, reason)] if reason else []
+            holes += [Hole(where, need, reason, shelf.taken(need))] if reason else []
         empty += [label] if lost else []
     return Filled(panel, suite, found, holes, empty)
 
@@ -132,6 +132,6 @@ def words(figure: Figure, filled: Sequence[Filled], budget: str) -> str:
 def _missing(gaps: Sequence[Hole], budget: str) -> Iterator[str]:
     if gaps:
         yield "\n".join([f"Missing at budget {budget}:", *(f"- {hole.where}: {hole.reason}" for hole in gaps)])
-    fills = commands((hole.need for hole in gaps if hole.fillable), budget)
+    fills = commands((hole.need for hole in gaps if hole.fillable), budget, taken=[hole.need for hole in gaps if hole.taken])
     if fills:
         yield "\n".join(["What would make it:", *fills])
