@@ -117,7 +117,7 @@ def plan(layout: Layout, wish: Wish, steps: list[Step]) -> Iterator[str]:
         yield from (f"  to do  {line}" for line in _told(todo))
         yield from (f"  to do with --fresh  {line}: the record has no such number" for line in _told(step.lacking))
         size = sum(images.pixels.nbytes for images in (step.run.task.train, step.run.task.validation, step.run.test))
-        yield f"  memory: {size / 1e6:.1f} MB of images on {step.run.device}; of networks and attacks unknown"
+        yield f"  memory: {size / 1e6:.1f} MB of images on {step.run.device}"
         if todo:
             step.run.plan = forecast(step.run, todo)
             yield f"  {step.run.plan}"
