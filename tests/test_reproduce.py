@@ -118,9 +118,7 @@ def test_the_plan_says_what_is_to_do_and_runs_nothing(
     assert "tiny, seeds 0: 0 of 4 records are there" in text
     assert "to do  naive@members=2, seed 0: clean, pgd" in text and "to do  adp@members=2, seed 0: clean, pgd" in text
     assert "certified" not in text, "an evaluation that the table does not ask for"
-    assert re.search(
-        r"memory: 0\.\d+ MB of images on cpu; of networks and attacks unknown\n +plan: about \d.* from a probe", text
-    )
+    assert re.search(r"memory: 0\.\d+ MB of images on cpu\n +plan: about \d.* from a probe.*; about \d+ MB a worker", text)
     assert not paper.exists()
 
 
