@@ -67,6 +67,7 @@ SIGNS = {
     "accuracy_rises_with_eps": Sign(True, MASKED),
     "more_effort_does_less": Sign(True, MASKED),
     "black_box_stronger": Sign(True, MASKED),
+    "pgd_misled": Sign(True, MASKED),
     "worst_case_beaten": Sign(True, MASKED),
     "fgsm_stronger_than_pgd": Sign(True, MASKED),
     "adaptive_much_stronger": Sign(True, MASKED),

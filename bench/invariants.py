@@ -171,13 +171,18 @@ def _without_gradients(attacks: Sequence[Judged], climbing: Sequence[Judged], bo
 
 
 def _weak(one: Judged, better: Sequence[Judged]) -> Iterator[Finding]:
-    """Whether a gradient attack does less than a black box, or far less than the worst case; by whichever it is beaten most."""
+    """Whether a gradient attack does less than a black box, or far less than the worst case; by whichever it is beaten most.
+    PGD that does far less than a black box is a sign of masking even where other losses find what it misses (KAP's paper)."""
     beaten = []
     for other in better:
         wrong = excess(((eps, eps), one.at[eps], other.at[eps]) for eps in sorted(one.at.keys() & other.at.keys()))
-        if wrong and (other.role == "black box" or wrong.share > WEAK):
+        if wrong and (other.role == "black box" or wrong.share >= WEAK):
             beaten.append((wrong.share, other))
-    if beaten:
+    boxes = [pair for pair in beaten if pair[1].role == "black box" and pair[1].own and pair[0] >= WEAK]
+    if boxes and one.settings["attack"] == "pgd":
+        _, most = max(boxes, key=lambda pair: pair[0])
+        yield from _between("pgd_misled", [one], most, "its gradients lead away from what can be found without any")
+    elif beaten:
         _, most = max(beaten, key=lambda pair: pair[0])
         yield from _between("weak_attack", [one], most, "it is too weak here to be quoted alone")
 

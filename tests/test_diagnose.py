@@ -389,6 +389,16 @@ def test_a_weak_attack_is_no_mask_where_another_gradient_attack_does_better(case
     assert case.found.findings[0].evidence["evaluations"] == ["bim", "square"]
 
 
+@pytest.mark.parametrize(("count", "kinds"), [(5, ["weak_attack"]), (6, ["pgd_misled"])])
+def test_pgd_far_behind_square_is_a_sign_though_autoattack_does_better(case: Case, count: int, kinds: list[str]) -> None:
+    """As in KAP's paper: 63 % under PGD, 20 under Square, 19 under AutoAttack. A tenth of the images is enough."""
+    fall = 0.05 * np.ones(N)
+    case.pgd(reach=changed(fall, FAR, slice(count)))
+    case.robust("square", "square", fall)
+    case.autoattack(fall)
+    assert case.kinds == kinds and (case.found.status == "flagged") == (kinds == ["pgd_misled"])
+
+
 @pytest.mark.parametrize(("rows", "told"), [(HIT, True), (slice(14, 19), False)])
 def test_an_attack_far_behind_autoattack_is_called_weak(case: Case, rows: slice, told: bool) -> None:
     case.pgd(reach=changed(EDGE, FAR, rows))

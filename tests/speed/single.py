@@ -17,7 +17,7 @@ from defenses.api import Task
 from defenses.training import Trained
 from tests.speed.timing import Step, arguments, batch_of, report, rows_of
 
-DEFENSES = "nt@noise=0.1,kap,kap@noise=0.1,kmp,at_es,trades,fast_at"
+DEFENSES = "nt@noise=0.1,kap,kap@noise=0.1,kmp,at_es,at_es@norm=l2,eps=1.0,steps=20,trades,fast_at"
 
 PLAIN = "cross-entropy"
 
