@@ -1,7 +1,7 @@
 """What must hold of a finished record by itself, its data and its weights; each check yields what does not.
 
 What a check cannot tell of a part of it, it yields as unknown. One that cannot be made, or not to its end, raises
-:class:`bench.restore.Impossible`.
+:class:`bench.stock.Impossible`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from bench.datasets import STORED
 from bench.evals import Certified, Skipped
 from bench.jobs import numerics, price, weights_hash
 from bench.mismatch import Mismatch, Unknown, brief, differing, equal, few, named, same_rows, settings_of
-from bench.restore import Case, Impossible
+from bench.restore import Case
+from bench.stock import Impossible
 from bench.store import Finding, Metric, Store, as_json
 from bench.suites import SuiteError, available, load_suite
 from defenses.recipe import settings

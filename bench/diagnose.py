@@ -90,8 +90,10 @@ SIGNS = {
     "training_ended_early": Sign(False, TOLD),
     "unreviewed": Sign(False, TOLD),
 }
+"""Every kind of finding that this version knows."""
+
 OTHER = Sign(False, TOLD)
-"""Every kind of finding, and whatever else there may be."""
+"""Any other kind, such as a plugin's."""
 
 CERTIFYING = ("certified", "votes", "variance")
 """Kinds of evaluations with certificates; "challenge" attacks them."""
@@ -197,9 +199,6 @@ def diagnose(store: Store, records: Iterable[Record]) -> list[Diagnosis]:
 def _carried(record: Record, finding: Finding) -> Finding:
     """A record's finding, with the evaluation that it is about."""
     return finding.model_copy(update={"evidence": {"evaluations": [record.eval["name"]], **finding.evidence}})
-
-
-# The command
 
 
 FORMATS = ("text", "json")

@@ -179,12 +179,12 @@ def _weak(one: Judged, better: Sequence[Judged]) -> Iterator[Finding]:
         if wrong and (other.role == "black box" or wrong.share >= WEAK):
             beaten.append((wrong.share, other))
     boxes = [pair for pair in beaten if pair[1].role == "black box" and pair[1].own and pair[0] >= WEAK]
+    kind, words = "weak_attack", "it is too weak here to be quoted alone"
     if boxes and one.settings["attack"] == "pgd":
-        _, most = max(boxes, key=lambda pair: pair[0])
-        yield from _between("pgd_misled", [one], most, "its gradients lead away from what can be found without any")
-    elif beaten:
+        beaten, kind, words = boxes, "pgd_misled", "its gradients lead away from what can be found without any"
+    if beaten:
         _, most = max(beaten, key=lambda pair: pair[0])
-        yield from _between("weak_attack", [one], most, "it is too weak here to be quoted alone")
+        yield from _between(kind, [one], most, words)
 
 
 def _stronger(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:

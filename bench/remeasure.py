@@ -14,7 +14,8 @@ from attacks.streams import generator
 from bench.evals import Clean, Piece
 from bench.evals.api import Base, Smoothing
 from bench.mismatch import Mismatch, few, named, same_rows
-from bench.restore import Case, Impossible
+from bench.restore import Case
+from bench.stock import Impossible
 from defenses.api import Images
 
 CLEAN = 10_000

@@ -20,7 +20,8 @@ from bench.partial import StoreError
 from bench.progress import Progress
 from bench.registry import from_file
 from bench.remeasure import measured
-from bench.restore import Case, Impossible, Stock
+from bench.restore import Case
+from bench.stock import Impossible, Stock
 from bench.store import FORMAT, Record, Store
 
 FORMATS = ("text", "json")

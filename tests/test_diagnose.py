@@ -632,10 +632,10 @@ def test_one_command_looks_at_all_variants_of_a_seed(case: Case) -> None:
     case.pgd(**here, seed=1)
     case.pgd(**here, defense={"name": "d", "variant": "d@members=5", "fields": {}})
     case.pgd(**here, defense={"name": "mine", "variant": "mine", "fields": {}, "file_hash": "0123456789abcdef"})
-    told_of = "--suite mnist --budget quick"
+    told_of, looks = "--suite mnist --budget quick", "probe,adaptive,cear_transfer_l2,cear_transfer_linf"
     assert told(case.store)[-2:] == [
-        f"bench run --defense d,d@members=5,FILE.py:mine {told_of} --seeds 0 --only probe,adaptive",
-        f"bench run --defense d {told_of} --seeds 1 --only probe,adaptive",
+        f"bench run --defense d,d@members=5,FILE.py:mine {told_of} --seeds 0 --only {looks}",
+        f"bench run --defense d {told_of} --seeds 1 --only {looks}",
     ]
 
 
@@ -686,8 +686,10 @@ def test_the_command_at_every_level(case: Case, monkeypatch: pytest.MonkeyPatch,
     case.pgd(suite=suite_of("mnist"))
     assert call(monkeypatch, str(case.store.root / "mnist"), "--format", "json") == 0
     (one,) = json.loads(capsys.readouterr().out)
-    assert [own["evaluations"] for own in one["not_looked_at"]] == [["probe"], ["adaptive"]]
-    assert one["commands"] == ["bench run --defense d --suite mnist --budget quick --seeds 0 --only probe,adaptive"]
+    transfers = ["cear_transfer_l2", "cear_transfer_linf"]
+    assert [own["evaluations"] for own in one["not_looked_at"]] == [["probe"], ["adaptive", *transfers]]
+    looks = ",".join(["probe", "adaptive", *transfers])
+    assert one["commands"] == [f"bench run --defense d --suite mnist --budget quick --seeds 0 --only {looks}"]
 
 
 def test_of_a_record_only_what_is_about_it(

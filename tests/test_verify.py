@@ -29,8 +29,9 @@ from bench.data import hold_out, load
 from bench.evals import Adaptive, Piece, Subject
 from bench.mismatch import named
 from bench.request import Request
-from bench.restore import Case, Stock
+from bench.restore import Case
 from bench.runner import Run
+from bench.stock import Stock
 from bench.store import Store
 from bench.verify import Report, render, verify
 from defenses.api import Classifier, Images, Task

@@ -7,7 +7,6 @@ fools the model as it is deployed.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import product
 from typing import Any, Literal
 
 import numpy as np
@@ -78,9 +77,10 @@ class Adaptive(Base):
                 yield f"{name}: {loss}", Guided(Apgd(**climb, loss=function), view.model, self.eot)
             loss, function = list(view.losses.items())[-1]
             yield f"{name}: pgd, {loss}", Guided(Pgd(**long, loss=function), view.model, self.eot)
-        for source, loss in product(self.sources, ("ce", "margin")):
-            moving = DiverseMim(**threat, steps=self.steps, loss=loss)
-            yield f"from {source}: {loss}", Guided(moving, surrogate(subject, source), self.eot)
+        for source in self.sources:
+            known = surrogate(subject, source)
+            for loss in ("ce", "margin"):
+                yield f"from {source}: {loss}", Guided(DiverseMim(**threat, steps=self.steps, loss=loss), known, self.eot)
         yield "square", square
         yield "after square", ApgdAfter(**{**climb, "restarts": 1}, loss="margin", first=square)
 

@@ -70,11 +70,12 @@ class BlackBox(Attacking):
         streams = Streams(subject.seed, "black box", self.attack, self.norm, ids=images.ids, device=x.device)
         right = decide(subject.model, x, streams.child("clean")) == y
         columns: dict[str, Any] = {"id": images.ids.cpu(), "label": y.cpu(), "eps": eps, "clean_correct": right.cpu()}
-        for source, loss in product(self.sources, self.losses):
+        sources = {source: surrogate(subject, source) for source in self.sources}
+        for source, loss in product(sources, self.losses):
             name = f"{source}, {loss}" if loss else source
             scratch = subject.scratch / name.replace("/", "_") if subject.scratch else None
             noise = streams.child(source, loss)
-            points = self.attacker(eps, scratch, loss)(surrogate(subject, source), x, y, noise, everything=True).x_adv
+            points = self.attacker(eps, scratch, loss)(sources[source], x, y, noise, everything=True).x_adv
             columns[f"wrong {name}"] = (decide(subject.model, points, noise.child("verdict")) != y).cpu()
         return pd.DataFrame(columns)
 

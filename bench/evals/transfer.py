@@ -1,5 +1,8 @@
 """How far adversarial images crafted on one network fool the others, among members and ensemble (methods 9.3 to 9.5).
 
+As with AutoAttack, nothing is crafted on an image that the source gets wrong: it stays as it is, which counts where it is among
+the denominator's, so in ``all``, ``tsr_all`` and the success on an ensemble, and lowers those rates where members are weak.
+
 Known differences from papers: an image's point is the same for all targets, the one that costs the source most over all steps
 and restarts, where DVERGE asks every target about every restart; EDLCM's TSR is a mean over images, where it prints a sum.
 """
