@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from test_store import record
 
 from bench import plots
@@ -40,6 +42,19 @@ def test_each_attack_stands_where_it_was_asked_also_if_only_some_defenses_have_i
     assert [text.get_text() for text in axes.get_xticklabels()] == ["apgd", "folded ce", "square"]
     lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
     assert lines == {"naive": ([0, 2], [50.0, 40.0]), "kap": ([0, 1, 2], [90.0, 70.0, 30.0])}
+
+
+@pytest.mark.parametrize("count", [4, 7, 10, 25])
+def test_names_of_attacks_do_not_lie_on_each_other(count: int) -> None:
+    left = {f"unrolled_median:_pgd,_margin_{place}": 0.5 for place in range(count)}
+    figure = plots.convergence([told(name, name, after(**left)) for name in ("adaptive", "other")])
+    assert figure is not None
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    for axes in (axes for axes in figure.axes if axes.get_visible()):
+        boxes = [text.get_window_extent() for text in axes.get_xticklabels()]
+        assert len(boxes) == count and not any(a.overlaps(b) for a, b in pairwise(boxes))
+        assert axes.get_window_extent().height > 120, "names leave room for the lines"
 
 
 def test_seeds_are_averaged_and_other_evaluations_left_out() -> None:

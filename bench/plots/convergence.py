@@ -15,8 +15,9 @@ from bench.store import Metric, Record
 Panel = tuple[str, float]
 """Evaluation and budget."""
 
-LETTERS = 14
-"""Of a line of an attack's name below an axis."""
+LETTERS, LEVEL, CLOSE = 14, 4, 7
+"""Of a line of an attack's name below an axis; from how many attacks on names stand upright, and from how many they get no
+second line, which would lie on the name beside it."""
 
 
 def convergence(records: list[Record], styles: Styles | None = None) -> Figure | None:
@@ -38,8 +39,9 @@ def convergence(records: list[Record], styles: Styles | None = None) -> Figure |
         lines(axes, [(variant, points_of(numbers[variant], place), style) for variant, style in styles.items()])
         axes.set_title(f"{name.replace('_', ' ')}, $\\epsilon$ = {eps:.4g}", fontsize=9)
         axes.set(ylabel="accuracy left (%)", ylim=(-2, 102))
-        labels = [broken(attack, LETTERS) for attack in order]
-        axes.set_xticks(range(len(order)), labels, rotation=90 if len(order) > 4 else 0, fontsize=6)
+        close, turn = len(order) > CLOSE, 90 if len(order) > LEVEL else 0
+        labels = order if close else [broken(attack, LETTERS) for attack in order]
+        axes.set_xticks(range(len(order)), labels, rotation=turn, fontsize=5 if close else 6)
     legend(figure, panels)
     return figure
 
