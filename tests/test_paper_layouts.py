@@ -109,13 +109,13 @@ WRONG = [
     ('rows = ["dataset", "defense"]', 'rows = ["data", "defense"]', "rows: unknown 'data'; did you mean 'dataset'?"),
     ('rows = ["dataset", "defense"]', 'rows = ["dataset"]', "two published numbers at ('mnist', 'clean_accuracy', '')"),
     ('published = "cear_table3"', 'published = "cear_table4"', "published: unknown 'cear_table4'; did you mean"),
-    ('mnist = ["cear_mnist"]', 'mnist = ["cear_mnits"]', "suite: unknown 'cear_mnits'; did you mean 'cear_mnist'?"),
+    ('mnist = ["cear_mnist", "mnist"]', 'mnist = ["cear_mnits"]', "suite: unknown 'cear_mnits'; did you mean 'cear_mnist'?"),
     (
-        'mnist = ["cear_mnist"]',
+        'mnist = ["cear_mnist", "mnist"]',
         'mnist = ["cear_cifar10"]',
         "suites: cear_cifar10 is about cifar10, the published number about mnist",
     ),
-    ('mnist = ["cear_mnist"]\n', "", "suites: mnist is missing"),
+    ('mnist = ["cear_mnist", "mnist"]\n', "", "suites: mnist is missing"),
     ('eval = "clean"', 'eval = "cleen"', "cear_mnist has no evaluation: unknown 'cleen'; did you mean 'clean'?"),
     (
         'of = { metric = "clean_accuracy" }',
