@@ -406,6 +406,16 @@ def test_an_attack_far_behind_autoattack_is_called_weak(case: Case, rows: slice,
     assert case.kinds == ["weak_attack"] * told and case.found.status == "autoattack-ok"
 
 
+def test_a_weak_attack_is_told_by_what_beats_it_most(case: Case) -> None:
+    """Square breaks eight of the images that BIM leaves, AutoAttack twenty."""
+    case.robust("bim", "bim", changed(EDGE, FAR, MANY), fields={"loss": "ce", "steps": 10, "restarts": 1})
+    case.robust("square", "square", changed(EDGE, FAR, slice(HIT.stop, MANY.stop)))
+    case.pgd()
+    case.autoattack()
+    (finding,) = case.found.findings
+    assert finding.kind == "weak_attack" and finding.evidence["evaluations"] == ["bim", "autoattack"]
+
+
 def test_other_classifiers_norms_and_images_are_not_compared(case: Case) -> None:
     case.pgd(reach=changed(EDGE, FAR))
     case.robust("noisy", "fgsm", EDGE, fields={"noise": 0.3, "eot": 20})
