@@ -49,8 +49,7 @@ def test_names_of_attacks_do_not_lie_on_each_other(count: int) -> None:
     left = {f"unrolled_median:_pgd,_margin_{place}": 0.5 for place in range(count)}
     figure = plots.convergence([told(name, name, after(**left)) for name in ("adaptive", "other")])
     assert figure is not None
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+    FigureCanvasAgg(figure).draw()
     for axes in (axes for axes in figure.axes if axes.get_visible()):
         boxes = [text.get_window_extent() for text in axes.get_xticklabels()]
         assert len(boxes) == count and not any(a.overlaps(b) for a, b in pairwise(boxes))

@@ -16,8 +16,8 @@ Panel = tuple[str, float]
 """Evaluation and budget."""
 
 LETTERS, LEVEL, CLOSE = 14, 4, 7
-"""Of a line of an attack's name below an axis; from how many attacks on names stand upright, and from how many they get no
-second line, which would lie on the name beside it."""
+"""Of a line of an attack's name below an axis; of more attacks than this the names stand upright, and of more than this they
+get no second line, which would lie on the name beside it."""
 
 
 def convergence(records: list[Record], styles: Styles | None = None) -> Figure | None:
