@@ -207,8 +207,12 @@ def _add_attacks(path: Path, attacks: dict[str, Any]) -> None:
 
 
 def _on_top(file: str, parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
-    """The child's content merged into the parent's; an evaluation that the child calls false goes, with its budgets."""
+    """The child's content merged into the parent's; an evaluation that the child calls false goes, with its budgets, and with
+    ``others = false`` every one that the child does not name."""
     evals = child.get("evals", {})
+    if evals.get("others") is False:
+        del evals["others"]
+        evals |= {name: False for name in parent.get("evals", {}) if name not in evals}
     for name in [name for name, value in evals.items() if value is False]:
         if name not in parent.get("evals", {}):
             raise SuiteError(f"{file}: evals.{name} = false: {unknown(name, parent.get('evals', {}))}")

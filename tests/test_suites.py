@@ -133,6 +133,15 @@ def test_a_child_removes_an_evaluation_and_what_budgets_say_of_it(tiny: Path) ->
         load_suite(child_of(tiny, '[evals]\npgd = false\n[budget.quick]\n"evals.pgd.steps" = 1\n'))
 
 
+def test_a_child_may_keep_only_the_evaluations_that_it_names(tiny: Path) -> None:
+    tiny.write_text(tiny.read_text() + '\n[budget.quick]\n"evals.pgd.steps" = 1\n"evals.clean.images" = 7\n')
+    kept = child_of(tiny, '[evals]\nothers = false\n[evals.clean]\nimages = 9\n[evals.second]\nkind = "clean"\nimages = 5\n')
+    suite = load_suite(kept)
+    assert {name: item.images for name, item in suite.evals.items()} == {"clean": 7, "second": 5}
+    with pytest.raises(SuiteError, match=r"kid\.toml: evals\.others: .*got True"):
+        load_suite(child_of(tiny, "[evals]\nothers = true\n"))
+
+
 def test_a_suite_extends_a_shipped_one_or_a_grandparent_elsewhere(tiny: Path) -> None:
     kid = child_of(tiny, 'description = "kid"\n')
     folder = tiny.parent / "below"
