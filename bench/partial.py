@@ -47,7 +47,8 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def as_parquet(rows: pd.DataFrame) -> bytes:
-    """Rows per image as a Parquet file: small, because records are committed (ids rise by ones, statistics serve nobody)."""
+    """Rows per image as a Parquet file, small, because records are committed: ids rise by ones, statistics serve nobody, and what
+    pandas and Arrow say of the columns, longer than most of them, only ``attrs`` need."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -55,7 +56,7 @@ def as_parquet(rows: pd.DataFrame) -> bytes:
     rising = [field.name for field in table.schema if field.name == "id" and pa.types.is_integer(field.type)]
     others = [name for name in table.column_names if name not in rising]
     how: dict[str, Any] = {"use_dictionary": others, "column_encoding": dict.fromkeys(rising, "DELTA_BINARY_PACKED")}
-    pq.write_table(table, buffer, compression="zstd", write_statistics=False, **how)
+    pq.write_table(table, buffer, compression="zstd", write_statistics=False, store_schema=bool(rows.attrs), **how)
     return buffer.getvalue()
 
 

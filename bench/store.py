@@ -164,6 +164,20 @@ def _unanswered(record: Record) -> str:
     return ""
 
 
+def _text(content: dict[str, Any]) -> str:
+    """JSON with a line for each field and for each number: short with thousands of numbers, and one changed is one line changed."""
+    return "{\n" + ",\n".join(f" {_compact(field)}: {_lines(value)}" for field, value in content.items()) + "\n}\n"
+
+
+def _lines(value: Any) -> str:
+    several = isinstance(value, list) and value and isinstance(value[0], dict)
+    return "[\n" + ",\n".join(f"  {_compact(one)}" for one in value) + "\n ]" if several else _compact(value)
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, allow_nan=False, ensure_ascii=False)
+
+
 class Store:
     """A folder of records: ``<suite>/<variant>/<budget>/seed<k>/<eval>.json``.
 
@@ -186,7 +200,7 @@ class Store:
         path = self.path(record)
         # What a number does not have is left out: records of many numbers would be nulls for the most part.
         content = {**record.model_dump(mode="json"), "metrics": [m.model_dump(exclude_none=True) for m in record.metrics]}
-        write_atomic(path, (json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode())
+        write_atomic(path, _text(content).encode())
         return path
 
     def read(self, path: Path) -> Record:

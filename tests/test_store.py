@@ -40,10 +40,18 @@ def test_records_and_rows_take_little_room_and_come_back(tmp_path: Path) -> None
         Store(tmp_path),
         pd.DataFrame({"id": range(7, 10_007), "label": 3, "right": True, "score": 0.5, "word": "one"}),
     )
-    assert "null" not in store.write(record()).read_text().split('"findings"')[0]
+    text = store.write(record()).read_text()
+    assert "null" not in text.split('"findings"')[0]
+    fields, numbers = len(Record.model_fields), len(record().metrics)
+    assert len(text.splitlines()) == 2 + fields + numbers + 1, "a field and a number have a line each"
     store.write_rows(record(), rows)
     pd.testing.assert_frame_equal(store.rows(record()), rows)
-    assert store.path(record()).with_suffix(".parquet").stat().st_size < 5000, "ids that rise by ones took bytes"
+    assert store.path(record()).with_suffix(".parquet").stat().st_size < 1500, "ids that rise by ones, or the schema, took bytes"
+    store.write_rows(record(), rows.assign(word=["one", None] * 5000))
+    assert store.rows(record()).word[:2].isna().tolist() == [False, True]
+    rows.attrs["milliseconds"] = 2.5
+    store.write_rows(record(), rows)
+    assert store.rows(record()).attrs == {"milliseconds": 2.5}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "0.5x"])
