@@ -10,7 +10,7 @@ import pandas as pd
 
 from bench import metrics
 from bench.per_image import per_image
-from bench.registry import RegistryError, resolve
+from bench.registry import RegistryError, variant_of
 from bench.store import Record, Store
 from bench.suites import unknown
 
@@ -102,10 +102,9 @@ def label(spec: str) -> str:
     """What records call a variant that is given as on the command line; the text itself where it names none here, since records
     may be of somebody else's defense."""
     try:
-        found = resolve(spec, {})
+        return variant_of(spec).label
     except RegistryError:
         return spec
-    return found[0].label if len(found) == 1 else spec
 
 
 def _finished(store: Store, suite: str, budget: str, variant: str) -> dict[tuple[str, int], Record]:

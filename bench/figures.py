@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from bench.registry import resolve
+from bench.registry import variant_of
 from bench.store import Metric, Strict
 from bench.suites import SUITES, Suite, in_words, load_suite, unknown
 from bench.wanted import Need
@@ -139,7 +139,7 @@ class Curves(Panel):
         """What to ask :func:`bench.published.known` for a line; None where nothing is to be drawn."""
         if not self.published and not line.published:
             return None
-        name = resolve(next(iter(line.specs(self.fields).values())), {})[0].name
+        name = variant_of(next(iter(line.specs(self.fields).values()))).name
         given = {"defense": name, "metric": METRIC_PRINTED.get(self.metric, self.metric), **self.published, **line.published}
         return {key: None if value == "" else value for key, value in given.items()}
 

@@ -19,7 +19,7 @@ from attacks.oracle import decide
 from bench.evals import Evaluation, Skipped, Subject
 from bench.parts import PartStore
 from bench.progress import Progress
-from bench.registry import Variant, resolve
+from bench.registry import Variant, variant_of
 from bench.store import Record
 from defenses.api import Classifier, Images, Task
 from defenses.ensemble import share
@@ -52,7 +52,7 @@ class Job:
 
     def models(self) -> list[tuple[Variant, int]]:
         """Variants and training seeds of the fitted models that it asks for."""
-        others = [self.variant if spec == ITSELF else resolve(spec, {})[0] for spec in self.evaluation.others]
+        others = [self.variant if spec == ITSELF else variant_of(spec) for spec in self.evaluation.others]
         return [(self.variant, self.blank.seed), *((other, self.blank.seed + APART) for other in others)]
 
     def sources(self, subject: Subject) -> dict[str, str]:
@@ -133,7 +133,7 @@ class Fitted:
         Raises:
             RuntimeError: if it cannot be fitted.
         """
-        variant = own if spec == ITSELF else resolve(spec, {})[0]
+        variant = own if spec == ITSELF else variant_of(spec)
         found = self._others.get((variant.label, seed))
         if found is None:
             found = self._others[variant.label, seed] = self._fit(variant, seed + APART, f"{variant.label} (surrogate): ")

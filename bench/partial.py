@@ -47,8 +47,8 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def as_parquet(rows: pd.DataFrame) -> bytes:
-    """Rows per image as a Parquet file, small, because records are committed: ids rise by ones, statistics serve nobody, and what
-    pandas and Arrow say of the columns, longer than most of them, only ``attrs`` need."""
+    """Rows per image as a Parquet file, small, because records are committed: ids rise by ones, statistics serve nobody, and
+    what pandas and Arrow say of the columns, longer than most of them, only ``attrs`` need."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

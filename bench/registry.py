@@ -81,7 +81,7 @@ def problems() -> list[str]:
 
 def packages(variant: Variant, others: Sequence[str], attack: str, suite: str) -> dict[str, str]:
     """Versions of the plug-ins that bring what a record is made with, by package: defenses, attack and suite."""
-    names = [variant.name, *(resolve(spec, {})[0].name for spec in others if spec not in RESERVED)]
+    names = [variant.name, *(variant_of(spec).name for spec in others if spec not in RESERVED)]
     needed = [plugged().get(name) for name in names] + [attack_offers().get(attack), suites.plugged().get(suite)]
     return {offer.package: offer.version for offer in needed if offer is not None}
 
@@ -145,6 +145,18 @@ def resolve(spec: str, sweep: dict[str, tuple[float, ...]], every: Sequence[str]
                     raise RegistryError(f"{variant.label!r} is asked for from {other.module} and from {module}; rename one")
                 variants[variant.label] = variant
     return list(variants.values())
+
+
+def variant_of(spec: str) -> Variant:
+    """The one variant that a specification stands for.
+
+    Raises:
+        RegistryError: as :func:`resolve`, and where there are several.
+    """
+    found = resolve(spec, {})
+    if len(found) != 1:
+        raise RegistryError(f"one defense is meant, {spec!r} are {len(found)}: {', '.join(variant.label for variant in found)}")
+    return found[0]
 
 
 def _named(item: str, every: Sequence[str] | None) -> list[tuple[str, dict[str, str], tuple[Defense, str]]]:

@@ -21,7 +21,7 @@ from bench.evals import Skipped, Subject
 from bench.jobs import Fitted, Job
 from bench.parts import PartStore
 from bench.progress import Progress
-from bench.registry import RegistryError, Variant, from_file, resolve
+from bench.registry import Variant, from_file, variant_of
 from bench.store import Record
 from bench.tasks import splits
 from defenses.api import Images, Part, Task, Weights
@@ -101,12 +101,14 @@ class Stock:
         Raises:
             Impossible: if there is none. A record never says which file to execute.
         """
+        here = f"the defense {label!r} is not registered here"
+        if ".py" in label:
+            raise Impossible(here)
         try:
             mine = self._file is not None and re.split(r"\W", label)[0] in from_file(self._file)
-            (variant,) = [] if ".py" in label else resolve(f"{self._file}:{label}" if mine else label, {})
-        except (RegistryError, ValueError) as error:
-            raise Impossible(f"the defense {label!r} is not registered here") from error
-        return variant
+            return variant_of(f"{self._file}:{label}" if mine else label)
+        except ValueError as error:
+            raise Impossible(here) from error
 
     def fitted(self, case: Case) -> Subject:
         """The fitted model of a record.

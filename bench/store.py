@@ -165,7 +165,7 @@ def _unanswered(record: Record) -> str:
 
 
 def _text(content: dict[str, Any]) -> str:
-    """JSON with a line for each field and for each number: short with thousands of numbers, and one changed is one line changed."""
+    """JSON with a line for each field and for each number: short, and one number changed is one line changed."""
     return "{\n" + ",\n".join(f" {_compact(field)}: {_lines(value)}" for field, value in content.items()) + "\n}\n"
 
 

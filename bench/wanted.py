@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 
-from bench.registry import resolve
+from bench.registry import variant_of
 from bench.store import Record, Store
 from bench.suites import Suite, load_suite
 
@@ -28,12 +27,7 @@ class Need:
     @property
     def variant(self) -> str:
         """Its label, under which records are stored."""
-        return _label(self.spec)
-
-
-@cache
-def _label(spec: str) -> str:
-    return resolve(spec, {})[0].label
+        return variant_of(self.spec).label
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from test_store import record
 
 from bench.papers.formats import render
 from bench.papers.join import join
-from bench.papers.layout import available, load, variant
+from bench.papers.layout import available, load
+from bench.registry import variant_of
 from bench.store import Metric, Record, Store
 from bench.suites import Suite, load_suite
 
@@ -57,7 +58,7 @@ class Asked:
     @property
     def record(self) -> Record:
         """With all numbers that such an evaluation can have, and what it and the training cost."""
-        own, who = suite(self.suite), variant(self.spec)
+        own, who = suite(self.suite), variant_of(self.spec)
         metrics = [
             Metric(
                 metric=metric,
@@ -224,7 +225,7 @@ def test_every_cell_shows_what_its_column_means(name: str, tmp_path: Path) -> No
         if row["attack"]:
             assert (own.attack, own.norm) == (row["attack"], row["norm"]), where  # type: ignore[attr-defined]
         found = (cell["printed"], cell["suite"], cell["variant"], cell["evaluation"])
-        assert found == (row["printed"], asked.suite, variant(asked.spec).label, asked.eval), where
+        assert found == (row["printed"], asked.suite, variant_of(asked.spec).label, asked.eval), where
         each = [meant(row, replace(asked, seed=seed)) for seed in seeds]
         ours = stdev(one["ours"] for one in each) if len(each) > 1 else each[0]["ours"]
         assert cell["ours"] == pytest.approx(ours, abs=1e-6), where

@@ -15,8 +15,8 @@ from bench import cli, published
 from bench.papers import layout as layouts
 from bench.papers.formats import render
 from bench.papers.join import PaperTable, join
-from bench.papers.layout import available, check, load, variant
-from bench.registry import resolve
+from bench.papers.layout import available, check, load
+from bench.registry import RegistryError, resolve, variant_of
 from bench.store import Store
 from bench.suites import BUDGETS
 from bench.tables import FORMATS, HOLE
@@ -101,7 +101,9 @@ def test_smd_is_asked_at_the_largest_strength_and_every_defense_is_its_own(tmp_p
     assert {cell.label for cell in table.cells.values()} >= {"naive+eat", "smd_plus+eat"}
     table = join(load("cear_table1"), Store(tmp_path))
     assert {cell.label for cell in table.cells.values()} >= {"randsmooth", "randsmooth@sigma=0.5", "sween_cear@sigma=1.0"}
-    assert variant("kap@noise=0.1").label == "kap@noise=0.1"
+    assert variant_of("kap@noise=0.1").label == "kap@noise=0.1"
+    with pytest.raises(RegistryError, match="one defense is meant, 'kap,nt' are 2: kap, nt"):
+        variant_of("kap,nt")
 
 
 WRONG = [

@@ -46,7 +46,7 @@ def test_records_and_rows_take_little_room_and_come_back(tmp_path: Path) -> None
     assert len(text.splitlines()) == 2 + fields + numbers + 1, "a field and a number have a line each"
     store.write_rows(record(), rows)
     pd.testing.assert_frame_equal(store.rows(record()), rows)
-    assert store.path(record()).with_suffix(".parquet").stat().st_size < 1500, "ids that rise by ones, or the schema, took bytes"
+    assert store.path(record()).with_suffix(".parquet").stat().st_size < 1500, "ids that rise by ones, or schemas, took bytes"
     store.write_rows(record(), rows.assign(word=["one", None] * 5000))
     assert store.rows(record()).word[:2].isna().tolist() == [False, True]
     rows.attrs["milliseconds"] = 2.5

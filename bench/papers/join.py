@@ -10,7 +10,8 @@ from typing import Any
 from bench.diagnose import certifies, diagnose, place
 from bench.papers.best import marked
 from bench.papers.cells import Cell, number
-from bench.papers.layout import Layout, facts, variant
+from bench.papers.layout import Layout, facts
+from bench.registry import variant_of
 from bench.store import Record, Store
 from bench.suites import BUDGETS, Suite, load_suite, unknown
 from bench.wanted import FINISHED
@@ -193,7 +194,7 @@ def _suite(layout: Layout, shelf: Shelf, budget: str, rows: Sequence[Mapping[str
 
 def _cell(layout: Layout, suite_name: str, budget: str, row: Mapping[str, Any]) -> Cell:
     spec, _ = layout.variant(row)
-    return Cell(row, layout.answer(row), suite_name, budget, spec, variant(spec).label, layout.deviation)
+    return Cell(row, layout.answer(row), suite_name, budget, spec, variant_of(spec).label, layout.deviation)
 
 
 def _key(cell: Cell) -> Key:

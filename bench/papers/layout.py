@@ -6,7 +6,7 @@ import re
 import string
 import tomllib
 from collections.abc import Mapping, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pandas as pd
 from pydantic import Field, model_validator
 
 from bench import published
-from bench.registry import Variant, resolve
+from bench.registry import variant_of
 from bench.store import Strict
 from bench.suites import in_words, load_suite, unknown
 
@@ -204,13 +204,6 @@ def _filled(template: str, row: Mapping[str, Any]) -> str:
     return template.format(**values)
 
 
-@cache
-def variant(spec: str) -> Variant:
-    """The one variant that a specification without any sweep stands for."""
-    (found,) = resolve(spec, {})
-    return found
-
-
 def available() -> list[str]:
     """Names of the tables that come with the project, by paper and number."""
     names = [path.stem for path in TABLES.glob("*.toml")]
@@ -254,7 +247,7 @@ def check(layout: Layout, budget: str = "quick") -> None:
     """
     suites = {name: load_suite(name, budget) for names in layout.suites.values() for name in names}
     for row in layout.cells:
-        variant(layout.variant(row)[0])
+        variant_of(layout.variant(row)[0])
         answer = layout.answer(row)
         for name in layout.suites[row["dataset"]]:
             evals = suites[name].evals
