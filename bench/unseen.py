@@ -69,7 +69,7 @@ def _would(records: Sequence[Record], kinds: Sequence[str]) -> tuple[tuple[str, 
 
 
 def looking(blind: Iterable[tuple[Record, Sequence[Unseen]]]) -> list[str]:
-    """The commands that would look, each for all variants that it can be given for.
+    """The commands that would look, by one evaluation where several would, each for all variants that it can be given for.
 
     Args:
         blind: any record of a variant, seed and budget, with what was not looked at there.
@@ -78,7 +78,9 @@ def looking(blind: Iterable[tuple[Record, Sequence[Unseen]]]) -> list[str]:
 
     found: list[str] = []
     for (budget, seed), group in groupby(sorted(blind, key=lambda one: _when(one[0])), key=lambda one: _when(one[0])):
-        needs = [Need(own.suite["name"], _spec(own), name) for own, gaps in group for gap in gaps for name in gap.evaluations]
+        needs = [
+            Need(own.suite["name"], _spec(own), name) for own, gaps in group for gap in gaps for name in gap.evaluations[:1]
+        ]
         found += commands(needs, budget, (seed,))
     return found
 
