@@ -162,7 +162,10 @@ def _at(layout: Layout, shelf: Shelf, budget: str) -> PaperTable:
     blocks: dict[Label, list[dict[str, Any]]] = {}
     for row in layout.cells:
         blocks.setdefault(_block(layout, row), []).append(row)
-    chosen = {block: _suite(layout, shelf, budget, rows) for block, rows in blocks.items()}
+    chosen: dict[Label, str] = {}
+    for block, rows in blocks.items():
+        chosen[block], notes = _suite(layout, shelf, budget, rows)
+        left_out += notes
     cells: dict[Where, Cell] = {}
     for row in layout.cells:
         cell = _cell(layout, chosen[_block(layout, row)], budget, row)
@@ -183,13 +186,22 @@ def _block(layout: Layout, row: Mapping[str, Any]) -> Label:
     return row["dataset"], *(row[name] for name in layout.block)
 
 
-def _suite(layout: Layout, shelf: Shelf, budget: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The first suite with a record for any cell of a block, else the paper's protocol."""
-    names = layout.suites[rows[0]["dataset"]]
-    for name in names:
-        if any(shelf.answering(_key(_cell(layout, name, budget, row)))[0] for row in rows):
-            return name
-    return names[0]
+def _suite(layout: Layout, shelf: Shelf, budget: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[str]]:
+    """The suite with records for the most cells of a block, of equals the first, which is the paper's protocol; and which
+    others have some."""
+    answered = {
+        name: sum(bool(shelf.answering(_key(_cell(layout, name, budget, row)))[0]) for row in rows)
+        for name in layout.suites[rows[0]["dataset"]]
+    }
+    most = max(answered, key=lambda name: answered[name])
+    alike = ", ".join(f"{name} {rows[0][name]}" for name in ("dataset", *layout.block))
+    notes = [
+        f"not shown: {count} of {len(rows)} cells by suite {name} ({alike}); {most} has {answered[most]}, "
+        "and what is compared is of one suite"
+        for name, count in answered.items()
+        if count and name != most
+    ]
+    return most, notes
 
 
 def _cell(layout: Layout, suite_name: str, budget: str, row: Mapping[str, Any]) -> Cell:

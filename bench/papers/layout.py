@@ -109,7 +109,7 @@ class Layout(Strict):
             looked for; those that share them are answered by the same suite.
         deviation: whether the published numbers are deviations over training seeds.
         where: which of the published numbers it shows; all unless given.
-        suites: data set -> the suite of the paper's protocol, and others that may answer where it has no records.
+        suites: data set -> the suite of the paper's protocol, and others that answer blocks of which they have more.
         seeds: training seeds of the paper's protocol.
         runs: which variants published defenses are; the first that fits.
         answers: what answers the cells; the first that fits.
