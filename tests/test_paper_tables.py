@@ -16,7 +16,7 @@ from bench.papers.cells import Cell
 from bench.papers.formats import render
 from bench.papers.join import PaperTable, join
 from bench.papers.layout import load
-from bench.store import Metric, Record, Store
+from bench.store import Finding, Metric, Record, Store
 from bench.tables import HOLE
 
 CERTIFIED = {"kind": "certified", "estimator": "grid", "n0": 100, "n": 100_000, "alpha": 0.001, "images": 500}
@@ -249,6 +249,20 @@ def test_the_best_is_bold_only_where_it_differs_from_every_other(tmp_path: Path)
     assert winner(tmp_path / "three", {"naive": 94, "gal": 94, "smd": 100}) == []
     assert winner(tmp_path / "without", {"naive": 20, "smd": 100}, stored=False) == []
     assert winner(tmp_path / "alone", {"smd": 100}) == []
+
+
+def test_a_flagged_number_is_not_crowned(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    masked = Finding(kind="zero_gradients", detail="gradients of 90 of 200 images are zero")
+    for findings in ([], [masked]):
+        for name, count in {"naive": 20, "smd": 100}.items():
+            made = attacked(name, count / 200, findings=findings if name == "smd" else [])
+            store.write(made)
+            store.write_rows(made, rows_of(np.arange(200) < count))
+        table = join(load("smd_table1"), store)
+        best = [own for own in table.cells.values() if own.best]
+        assert [own.row["defense"] for own in best] == ([] if findings else ["smd"])
+    assert "flagged in smd_mnist: smd" in render(table)
 
 
 def standing(store: Store, defense: str, counts: list[int], **changes: Any) -> None:

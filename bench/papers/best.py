@@ -28,12 +28,14 @@ def marked(store: Store, groups: Sequence[Mapping[Place, Cell]]) -> dict[Place, 
 
 
 def _best(store: Store, group: Mapping[Place, Cell]) -> Place | None:
-    """The place of the cell that differs from every other of its group, None if there is none or it cannot be tested."""
+    """The place of the cell that differs from every other of its group; None if none does, or it is flagged or untestable."""
     filled = {place: cell for place, cell in group.items() if cell.filled and not cell.deviation}
     if len(filled) < 2:
         return None
     ordered = sorted(filled, key=lambda place: filled[place].value, reverse=not next(iter(filled.values())).lower_is_better)
     first = filled[ordered[0]]
+    if "flagged" in first.status.split(", "):
+        return None
     tests = [_p(store, first, filled[place]) for place in ordered[1:]]
     ps = [p for p in tests if p is not None]
     if len(ps) < len(tests) or max(metrics.holm(ps)) > compare.LEVEL:

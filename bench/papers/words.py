@@ -77,7 +77,8 @@ CONVENTIONS = (
     "accuracies and rates are in percent of all images unless said otherwise",
     "bold: the best of ours that answer the same question, different from every other on the same images (McNemar's exact test "
     "for one seed, else sign flips) and, of several seeds, over trainings (paired t), the larger p <= 0.05 after Holm's "
-    "correction for the others; of one seed it tells of these networks alone; without stored rows nothing is",
+    "correction for the others; of one seed it tells of these networks alone; without stored rows nothing is, nor "
+    "where the best is flagged",
     "struck out: cannot be true; small letters: remarks below",
 )
 """How to read a table."""
