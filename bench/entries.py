@@ -76,8 +76,17 @@ class Entry:
 
     @cached_property
     def worst(self) -> list[dict[Threat, WorstCase]]:
-        """The worst cases of every seed."""
-        return [worst_cases(self.store, own.records) for own in self.seeds]
+        """The worst cases of every seed, without those of seeds that faced less than another seed: a mean with them would rise
+        with every attack that was left out."""
+        each = [worst_cases(self.store, own.records) for own in self.seeds]
+        cases: dict[Threat, list[WorstCase]] = {}
+        for own in each:
+            for threat, case in own.items():
+                cases.setdefault(threat, []).append(case)
+        return [
+            {threat: case for threat, case in own.items() if not any(case.faced_less(other) for other in cases[threat])}
+            for own in each
+        ]
 
     def stands(self, threat: Threat) -> pd.Series | None:
         """What stands of every image at a threat, mean over the seeds; None if nobody asked."""

@@ -61,6 +61,10 @@ class WorstCase:
     attacks: tuple[str, ...]
     strong: bool
 
+    def faced_less(self, other: WorstCase) -> bool:
+        """Whether it was spared the strong attacks that another withstood, or asked a part of what the other was asked."""
+        return other.strong if self.strong != other.strong else set(self.attacks) < set(other.attacks)
+
 
 def worst_cases(store: Store, records: Iterable[Record]) -> dict[Threat, WorstCase]:
     """The worst case at every threat that the records of one variant and seed tell of; unreadable rows count for nothing."""

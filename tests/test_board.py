@@ -20,6 +20,7 @@ from bench.boards import NOT_ASKED, NOT_ATTACKED, NOT_TRUE, Board, boards
 from bench.claims import claims
 from bench.diagnose import diagnose
 from bench.entries import Entry
+from bench.ranking import Threat
 from bench.store import Metric, Record, Store
 
 TINY = {"name": "tiny", "version": 1, "budget": "quick"}
@@ -90,6 +91,20 @@ def test_several_seeds_have_mean_and_deviation_and_the_worst_word(store: Store) 
     assert entry.numbers[worst] == [0.7, None, None, pytest.approx(0.141421, abs=1e-6), 2, 10]
     page = site.write([store], store.root / "board").read_text()
     assert '"status":{"0":"flagged"}' in page
+
+
+def test_a_seed_that_was_attacked_less_than_another_raises_no_mean(store: Store) -> None:
+    put(store, attack("pgd", [0.1, 0.2]), pd.concat([rows(0.1, [0], 10), rows(0.2, [0, 1], 10)]))
+    put(store, attack("autoattack", [0.1], version="standard"), rows(0.1, [0, 1, 2, 3, 4], 10))
+    for seed in (4, 5):
+        put(store, attack("pgd", [0.1, 0.2]), pd.concat([rows(0.1, [], 10), rows(0.2, [], 10)]), seed=seed)
+    put(store, attack("square", [0.1, 0.2]), pd.concat([rows(0.1, [], 10), rows(0.2, [], 10)]), seed=5)
+    board = only(store)
+    worst = {column.threat.eps: board.entries[0].numbers[column] for column in board.columns() if column.kind == "worst"}
+    assert worst[0.1][0] == 0.5 and worst[0.1][4:] == [1, 10], "AutoAttack was asked of one seed alone"
+    assert board.strong == {Threat("linf", 0.1)} and list(worst) == [0.1]
+    two = board.entries[0].stands(Threat("linf", 0.2))
+    assert two is not None and two.mean() == 0.75, "each of two seeds faced something that the other did not; the third less"
 
 
 def proven(store: Store, variant: str, radius: float, estimator: str, right: int = 10) -> None:

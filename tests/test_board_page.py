@@ -12,6 +12,9 @@ from test_board import lies, put
 from test_ranking import attack, rows
 
 from bench import site
+from bench.boards import Ranking, boards
+from bench.entries import Entry
+from bench.ranking import Threat
 from bench.store import Store
 from bench.suites import SUITES
 
@@ -26,6 +29,20 @@ ROW = "smd_mnist/1/quick:0:gal"
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of the committed records."""
     return site.write([COMMITTED], tmp_path_factory.mktemp("board"))
+
+
+@pytest.fixture(scope="session")
+def attacked() -> tuple[list[Entry], Ranking]:
+    """What the page must say of one suite: its entries, those with a rank first, and the ranking that it opens with."""
+    board = next(board for board in boards([COMMITTED])[0] if board.key[0] == "smd_mnist")
+    ranking = board.tables()[0].rankings[0]
+    order = sorted(ranking.places, key=lambda number: (ranking.places[number][0], -ranking.values[number].mean()))
+    return [board.entries[number] for number in [*order, *sorted(ranking.without)]], ranking
+
+
+def gal(attacked: tuple[list[Entry], Ranking]) -> Entry:
+    """The entry of :data:`ROW`."""
+    return next(entry for entry in attacked[0] if entry.variant == "gal")
 
 
 @pytest.fixture(scope="session")
@@ -66,11 +83,16 @@ def choose(browser: Browser, label: str, value: str) -> None:
 ATTACKED, CERTIFIED = "smd_mnist: Accuracy under attack", "fashion_mnist: Certified accuracy, σ = 0.25"
 
 
-def test_the_page_shows_every_committed_entry_with_its_rank(browser: Browser, page: Path) -> None:
+def test_the_page_shows_every_committed_entry_with_its_rank(
+    browser: Browser, page: Path, attacked: tuple[list[Entry], Ranking]
+) -> None:
     browser.open(page)
     assert set(shown(browser)) == {record.suite["name"] for record in COMMITTED.records()}
     assert set(column(browser, ATTACKED, 1)) == {"adp", "dverge", "gal", "naive", "smd", "smd_plus"}
-    assert column(browser, ATTACKED, 0) == ["1=", "1=", "1=", "1=", "1=", "6"] and column(browser, ATTACKED, 1)[-1] == "gal"
+    entries, ranking = attacked
+    ranks = [f"{rank}{'=' * tied}" for rank, tied in sorted(ranking.places.values())]
+    assert column(browser, ATTACKED, 0) == [*ranks, *("–" for _ in ranking.without)] and len(ranks) > 1
+    assert dict(zip(column(browser, ATTACKED, 1), column(browser, ATTACKED, 0), strict=True))[entries[0].variant] == ranks[0]
 
 
 def test_a_column_is_sorted_by_keyboard(browser: Browser, page: Path) -> None:
@@ -116,14 +138,16 @@ def test_filters_leave_what_matches_and_say_how_much(browser: Browser, page: Pat
     assert set(shown(browser)) == {"cifar10", "mnist"}
 
 
-def test_columns_are_chosen(browser: Browser, page: Path) -> None:
+def test_columns_are_chosen(browser: Browser, page: Path, attacked: tuple[list[Entry], Ranking]) -> None:
+    _, ranking = attacked
     browser.open(page)
     words = f"[...document.querySelectorAll('[aria-label=\"{ATTACKED}\"] th')].map(own => own.textContent)"
-    assert "ℓ∞ 0.1AutoAttack" in browser.js(words) and "ℓ∞ 0.1fgsm" not in browser.js(words)
+    strongest, single = f"{ranking.label}AutoAttack", f"{ranking.label}fgsm"
+    assert strongest in browser.js(words) and single not in browser.js(words)
     browser.js(
         "[...document.querySelectorAll('.chooser label')].find(own => own.textContent === 'Single attacks').firstChild.click()"
     )
-    assert "ℓ∞ 0.1fgsm" in browser.js(words)
+    assert single in browser.js(words)
     assert "show=attack" in browser.js("location.hash")
 
 
@@ -150,7 +174,7 @@ def test_details_open_by_keyboard_and_give_the_focus_back(browser: Browser, page
         "Accuracy against ε, ℓ∞",
         "Transfer between members (transfer)",
         "Published values",
-        "Records (11)",
+        f"Records ({len(list(COMMITTED.root.glob('smd_mnist/gal/quick/*/*.json')))})",
     ]
     assert "weak_attack" in browser.js("document.querySelector('dialog').innerText")
     browser.press("Escape")
@@ -183,16 +207,24 @@ def test_a_downloaded_record_is_the_stored_one(browser: Browser, page: Path) -> 
     )
 
 
-def test_plots_can_be_read_without_a_mouse(browser: Browser, page: Path) -> None:
+def test_plots_can_be_read_without_a_mouse(browser: Browser, page: Path, attacked: tuple[list[Entry], Ranking]) -> None:
+    worst = {
+        column.threat.eps: f"{100 * number[0]:.1f}"
+        for column, number in gal(attacked).numbers.items()
+        if column.kind == "worst" and column.threat == Threat("linf", column.threat.eps)
+    }
+    assert len(worst) > 3
     browser.open(page, f"row={ROW}")
     browser.wait("document.querySelector('dialog[open] .record')")
     browser.js("document.querySelector('dialog svg[tabindex]').focus()")
-    for _ in range(3):
+    read = []
+    for _ in range(len(worst) + 1):  # the clean accuracy, at 0, is read too
         browser.press("ArrowRight")
-    reading = browser.js("document.querySelector('.reading').textContent")
-    assert reading.startswith("ε 0.1: worst case 10.0, autoattack 10.0,") and "fgsm" in reading
+        read.append(browser.js("document.querySelector('.reading').textContent"))
+    told = {text: [own for own in read if own.startswith(f"ε {eps:g}: worst case {text}")] for eps, text in worst.items()}
+    assert all(told.values()) and any("autoattack" in own and "fgsm" in own for own in read)
     table = browser.js("document.querySelector('figure details table').textContent")
-    assert "worst case" in table and "10.0" in table
+    assert "worst case" in table and all(text in table for text in told)
     assert browser.js("document.querySelector('td.heat').textContent") == "100.0"
 
 
@@ -229,13 +261,17 @@ def test_a_phone_need_not_scroll_sideways(browser: Browser, page: Path, hash_: s
     assert browser.js("document.documentElement.scrollWidth") <= 375
 
 
-def test_without_scripts_every_ranking_is_a_plain_table(browser: Browser, page: Path) -> None:
+def test_without_scripts_every_ranking_is_a_plain_table(
+    browser: Browser, page: Path, attacked: tuple[list[Entry], Ranking]
+) -> None:
     browser.call("Emulation.setScriptExecutionDisabled", value=True)
     try:
         browser.open(page)
         rows = browser.js("[...document.querySelectorAll('noscript tbody tr')].map(row => row.innerText)")
-        (row,) = [row for row in rows if row.split("\t")[1] == "gal" and "10.0 [5.5, 17.4]" in row]
-        assert row.split("\t")[2] == "flagged"
+        entry, ranking = gal(attacked), attacked[1]
+        value, lower, upper, *_ = entry.numbers[ranking.column]
+        number = f"{100 * value:.1f}" + (f" [{100 * lower:.1f}, {100 * upper:.1f}]" if lower is not None else " ±")
+        assert any(row.split("\t")[1:3] == ["gal", "flagged"] and number in row for row in rows)
     finally:
         browser.call("Emulation.setScriptExecutionDisabled", value=False)
 
