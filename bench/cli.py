@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from bench import options
-from bench.options import FAILED, INTERRUPTED, WRONG, Address, Data, OwnFile, Runs, SuiteName, Workers
+from bench.options import FAILED, INTERRUPTED, RUNS, WRONG, Address, Data, OwnFile, Runs, SuiteName, Workers
 from bench.reading import COMMANDS
 
 app = typer.Typer(
@@ -30,7 +30,7 @@ def run(  # noqa: PLR0913, PLR0917 (every option of the contract)
     only: Annotated[str, typer.Option(help="evaluations to run, e.g. clean,certified")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1")] = "auto",
     data: Data = None,
-    runs: Runs = Path("runs"),
+    runs: Runs = RUNS,
     fresh: Annotated[bool, typer.Option("--fresh", help="move old results aside (never deleted) and begin anew")] = False,
     executor: Workers = "local",
     address: Address = None,
@@ -87,7 +87,7 @@ def reproduce(  # noqa: PLR0913, PLR0917 (every option of the contract)
     seeds: Annotated[str, typer.Option(help="training seeds, e.g. 0,1,2; default: the table's")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1")] = "auto",
     data: Data = None,
-    runs: Runs = Path("runs"),
+    runs: Runs = RUNS,
     fresh: Annotated[bool, typer.Option("--fresh", help="move aside (never deleted) what does not answer the table")] = False,
     executor: Workers = "local",
     address: Address = None,
@@ -122,7 +122,7 @@ def reproduce(  # noqa: PLR0913, PLR0917 (every option of the contract)
 @app.command()
 def merge(
     folders: Annotated[list[Path], typer.Argument(help="run folders of other shards")],
-    runs: Runs = Path("runs"),
+    runs: Runs = RUNS,
 ) -> None:
     """Bring the pieces, networks and records of shards that ran apart into one run folder."""
     from bench.merge import merge as bring
@@ -137,15 +137,16 @@ def list_(
     what: Annotated[
         str, typer.Argument(help="defenses, attacks, suites, tables, figures, datasets, or your own ./file.py")
     ] = "",
+    runs: Runs = RUNS,
 ) -> None:
     """Show what there is."""
     from bench.listing import listing
 
-    listing(what)
+    listing(what, runs)
 
 
 @app.command()
-def status(runs: Runs = Path("runs")) -> None:
+def status(runs: Runs = RUNS) -> None:
     """What is finished, failed or unfinished in a run folder."""
     from bench import show
 
@@ -186,7 +187,7 @@ def submit(  # noqa: PLR0913, PLR0917 (everything that is asked for)
 @app.command()
 def doctor(
     data: Data = None,
-    runs: Runs = Path("runs"),
+    runs: Runs = RUNS,
     reference: Annotated[
         bool, typer.Option("--reference", help="also compare all engines of all attacks, image by image")
     ] = False,

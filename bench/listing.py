@@ -19,8 +19,8 @@ from defenses.api import Defense
 from defenses.estimators import ESTIMATORS
 
 
-def listing(what: str) -> None:
-    """Print what there is: everything, one kind of things, or the defenses of a user's file.
+def listing(what: str, runs: Path) -> None:
+    """Print what there is: everything, one kind of things, or the defenses of a user's file; of tables, too, what is filled.
 
     Raises:
         ValueError: for an unknown kind.
@@ -30,7 +30,7 @@ def listing(what: str) -> None:
         "attacks": lambda: {name: f"{_first_line(own)} [{attack_origin(name)}]" for name, own in attack_classes().items()},
         "estimators": lambda: {name: _first_line(own) for name, own in ESTIMATORS.items()},
         "suites": lambda: {name: _suite(name) for name in available()},
-        "tables": lambda: {"summary": f"every number of a suite; formats {', '.join(tables.FORMATS)}", **_papers(Path("runs"))},
+        "tables": lambda: {"summary": f"every number of a suite; formats {', '.join(tables.FORMATS)}", **_papers(runs)},
         "datasets": lambda: {name: f"{facts.classes} classes, {facts.shape}" for name, facts in DATASETS.items()},
         "figures": lambda: {name: load_figure(name).title for name in available_figures()},
     }
@@ -69,7 +69,7 @@ def _papers(runs: Path) -> dict[str, str]:
     for name in layout.available():
         own = layout.load(name)
         budget, count, cells = filled(own, Store(runs))
-        found[name] = f"{own.title} ({count} of {cells} cells in ./{runs}{f', budget {budget}' if count else ''})"
+        found[name] = f"{own.title} ({count} of {cells} cells in {runs}{f', budget {budget}' if count else ''})"
     return found
 
 

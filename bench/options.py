@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Annotated
 import typer
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+
+RUNS = Path("runs")
+"""Where results go unless something else is said."""
 
 Runs = Annotated[Path, typer.Option("--runs", help="folder of results")]
 Data = Annotated[Path | None, typer.Option("--data", help="folder of data sets; default: $BENCH_DATA, else a download")]
@@ -20,6 +24,11 @@ Address = Annotated[
     str | None, typer.Option("--address", help="of a Ray cluster, such as auto; default: $RAY_ADDRESS, else a new one")
 ]
 Out = Annotated[Path, typer.Option("--out", help="folder to write to")]
+
+
+def elsewhere(runs: Path) -> str:
+    """The option of a command that works in a folder of results; nothing for the usual one."""
+    return "" if runs == RUNS else f" --runs {shlex.quote(str(runs))}"
 
 
 def seeds(text: str) -> tuple[int, ...]:

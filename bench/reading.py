@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bench import options
-from bench.options import FAILED, Data, Out, OwnFile, Runs, SuiteName
+from bench.options import FAILED, RUNS, Data, Out, OwnFile, Runs, SuiteName
 
 if TYPE_CHECKING:
     from bench.store import Store
@@ -20,7 +21,7 @@ def table(
     suite: Annotated[str | None, typer.Option("--suite", help="of the summary only this suite")] = None,
     budget: Annotated[str | None, typer.Option(help="of a paper's table; default: the largest that has records")] = None,
     format_: Annotated[str, typer.Option("--format", help="text, md, latex, csv, json or html")] = "text",
-    runs: Runs = Path("runs"),
+    runs: Runs = RUNS,
 ) -> None:
     """Print a table of stored records, or a paper's beside them."""
     from bench import tables
@@ -33,12 +34,12 @@ def table(
         print(tables.render_all(tables.summaries(store, suite), format_))
     else:
         from bench.papers import formats, join, layout
-        from bench.store import Store
 
         if suite is not None:
             raise ValueError(f"--suite: the table of a paper names its suites; give it with summary, got {name}")
-        store = Store(runs)
-        print(formats.render(join.join(layout.load(name, ("summary",)), store, budget), format_))
+        store = _existing(runs)
+        made = join.join(layout.load(name, ("summary",)), store, budget)
+        print(formats.render(replace(made, options=options.elsewhere(runs)), format_))
     for problem in store.problems:
         print(problem, file=sys.stderr)
 
@@ -48,12 +49,11 @@ def plot(
     suite: Annotated[str, typer.Option("--suite", help="instead of a figure: everything that this suite's records allow")] = "",
     budget: Annotated[str, typer.Option(help="of a figure: smoke, quick or paper; default: quick")] = "",
     out: Out = Path("plots"),
-    runs: Runs = Path("runs"),
+    runs: Runs = RUNS,
 ) -> None:
     """Draw a figure of a paper beside its numbers, or every plot of a suite, as PDF and PNG."""
     from bench import plots
     from bench.plots.declared import draw_figure
-    from bench.store import Store
 
     if bool(name) == bool(suite):
         raise ValueError(
@@ -61,7 +61,7 @@ def plot(
         )
     if suite and budget:
         raise ValueError("--budget: goes with a figure; the plots of a suite are of every budget")
-    files = draw_figure(name, Store(runs), budget or "quick", out) if name else plots.draw(_filled(runs, suite), suite, out)
+    files = draw_figure(name, _existing(runs), budget or "quick", out) if name else plots.draw(_filled(runs, suite), suite, out)
     print(*files, sep="\n")
 
 
@@ -73,7 +73,7 @@ def compare(  # noqa: PLR0913, PLR0917 (every option of the contract)
     only: Annotated[str, typer.Option(help="evaluations to compare, e.g. clean,diversity; default: all")] = "",
     format_: Annotated[str, typer.Option("--format", help="text, md, csv or json")] = "text",
     out: Annotated[Path | None, typer.Option("--out", help="folder for maps of the difference in transfer")] = None,
-    runs: Runs = Path("runs"),
+    runs: Runs = RUNS,
 ) -> None:
     """Compare two defenses on the same images: differences with intervals and tests."""
     from bench import compare as comparison
@@ -175,6 +175,15 @@ def _filled(runs: Path, suite: str = "*") -> Store:
     if not store.records(suite):
         raise ValueError(f"there are no records under {runs}" + (f" for suite {suite!r}" if suite != "*" else ""))
     return store
+
+
+def _existing(runs: Path) -> Store:
+    """The store, which may be empty; a folder that was asked for must be there."""
+    from bench.store import Store
+
+    if not runs.is_dir() and options.elsewhere(runs):
+        raise ValueError(f"--runs: there is no folder {runs}")
+    return Store(runs)
 
 
 COMMANDS = (table, plot, compare, verify, diagnose, audit, export, leaderboard)

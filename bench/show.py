@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
+from bench import options
 from bench.store import Record, Store
 
 if TYPE_CHECKING:
@@ -65,7 +67,8 @@ def reproduced(layout: Layout, wish: Wish, progress: Progress, dry_run: bool) ->
         if dry_run:
             return True
         records, problems = reproduce.execute(steps)
-    print("\n" + formats.render(join.join(layout, Store(wish.runs), wish.budget)))
+    made = join.join(layout.protocol, Store(wish.runs), wish.budget)  # what was run, whatever suite has more to show
+    print("\n" + formats.render(replace(made, options=options.elsewhere(wish.runs))))
     for problem in problems:
         print(problem, file=sys.stderr)
     return not problems and all(step.run for step in steps) and all(record.status != "error" for record in records)

@@ -99,12 +99,15 @@ class Shelf:
         return sorted(self._records[name].get((need.variant, need.eval), []), key=lambda record: record.seed)
 
 
-def commands(needs: Iterable[Need], budget: str, seeds: Sequence[int] = (), taken: Collection[Need] = ()) -> list[str]:
+def commands(
+    needs: Iterable[Need], budget: str, seeds: Sequence[int] = (), taken: Collection[Need] = (), more: str = ""
+) -> list[str]:
     """What makes records: a command for each suite and set of evaluations, of some training seeds or of the usual one.
 
     Args:
         taken: those whose place has a finished record that does not answer. A run would leave it, or refuse, so that they have
             commands of their own that move it aside.
+        more: further options.
     """
     evals: dict[tuple[str, str, str], list[str]] = {}
     for need in needs:
@@ -114,6 +117,6 @@ def commands(needs: Iterable[Need], budget: str, seeds: Sequence[int] = (), take
         together.setdefault((suite, ",".join(dict.fromkeys(names)), fresh), []).append(spec)
     told = f"--budget {budget}" + (f" --seeds {','.join(map(str, seeds))}" if seeds else "")
     return [
-        f"bench run --defense {','.join(specs)} --suite {suite} {told} --only {names}{fresh}"
+        f"bench run --defense {','.join(specs)} --suite {suite} {told} --only {names}{fresh}{more}"
         for (suite, names, fresh), specs in together.items()
     ]

@@ -110,7 +110,15 @@ def test_radii_beyond_the_draws_are_no_difference(tmp_path: Path) -> None:
     table = join(load("cear_table1"), store)
     own = cell(table, dataset="cifar10", defense="cear_rw", sigma=0.5, radius=1.75)
     assert own.printed == 8 and own.ours[0].too_few and own.inside is None
-    assert "0 by n" in render(table) and "-8.0" not in render(table)
+    assert (
+        "0 by n" in render(table)
+        and "-8.0" not in render(table)
+        and "cear_table1 --budget paper` asks for more" in render(table)
+    )
+    raw = [row for row in json.loads(render(table, "json")) if row["too_few_draws"]]
+    assert raw and {(row["ours"], row["difference"]) for row in raw} == {(0.0, None)}
+    counted = [one for one in table.cells.values() if one.filled and (one.impossible or not one.too_few)]
+    assert table.filled == len(counted) < sum(one.filled for one in table.cells.values())
     # A radius that n could prove, but that was not asked, is a hole.
     assert not cell(table, dataset="cifar10", defense="cear_rw", sigma=0.5, radius=0.25).filled
 
@@ -141,6 +149,13 @@ def test_several_seeds_are_mean_and_deviation_with_an_interval_over_both(tmp_pat
     assert own.value == pytest.approx(30) and own.spread == pytest.approx(10)
     half = np.hypot(5, stats.t.ppf(0.975, 2) * 10 / np.sqrt(3))
     assert own.interval == pytest.approx((max(0, 30 - half), 30 + half))
+    for seed in range(3):  # three seeds of 0 of 200 are no surer about other images than one is
+        none = Metric(metric="robust_accuracy", value=0.0, n=200, lower=0.0, upper=0.019, eps=0.3, denominator="all")
+        store.write(attacked("gal", 0.0, seed=seed, metrics=[none]))
+    gal = cell(join(load("smd_table1"), store), dataset="mnist", defense="gal", attack="pgd")
+    assert gal.spread == 0 and gal.interval == pytest.approx((0.0, 1.9))
+    same = cell(join(load("smd_table3"), store), dataset="mnist", defense="gal", attack="pgd")
+    assert same.value == 0 and same.interval is None and same.inside is None, "seeds that agree to an image prove no steadiness"
     table = join(load("smd_table1"), store)
     assert "30.0 ± 10.0 (3)" in render(table) and r"30.0 $\pm$ 10.0 (3)" in render(table, "latex")
     deviations = cell(join(load("smd_table3"), store), dataset="mnist", defense="naive", attack="pgd")
@@ -199,11 +214,13 @@ def test_a_block_of_a_data_set_is_answered_by_the_suite_with_most_of_it_of_equal
     table = join(load("cear_table1"), store)
     assert cell(table, dataset="mnist", defense="cear_gm", sigma=0.25, radius=0.0).value == pytest.approx(80)
     assert not cell(table, dataset="mnist", defense="cear_rw", sigma=0.25, radius=0.0).filled
-    assert "suite mnist version 1" not in render(table)
+    assert "suite mnist version 1" not in render(table) and "the first runs" not in render(table)
     store.write(certified("cear_minus_gm", {0.0: 0.7}, 0.25, "mnist"))
     table = join(load("cear_table1"), store)
     assert cell(table, dataset="mnist", defense="cear_minus_gm", sigma=0.25, radius=0.0).value == pytest.approx(70)
     assert not cell(table, dataset="mnist", defense="cear_gm", sigma=0.25, radius=0.0).filled, "one suite a block"
+    assert "the first runs all of the paper's protocol, suite cear_mnist where mnist is shown; the others" in render(table)
+    assert table.layout.protocol.suites["mnist"] == ("cear_mnist",)
     assert "not shown: 9 of 54 cells by suite cear_mnist (dataset mnist, sigma 0.25); mnist has 18, and what" in render(table)
     store.write(certified("cear_rw", {0.0: 0.9}, 0.25, "cear_mnist"))
     store.write(certified("cear_rw@sigma=0.5", {0.0: 0.7}, 0.5, "mnist"))
@@ -262,6 +279,7 @@ def test_a_flagged_number_is_not_crowned(tmp_path: Path) -> None:
         table = join(load("smd_table1"), store)
         best = [own for own in table.cells.values() if own.best]
         assert [own.row["defense"] for own in best] == ([] if findings else ["smd"])
+        assert ("50.0 (!)" in render(table)) == bool(findings) and "10.0 (!)" not in render(table)
     assert "flagged in smd_mnist: smd" in render(table)
 
 
@@ -361,6 +379,16 @@ def test_times_come_from_what_records_cost(tmp_path: Path) -> None:
     assert own.ratio == pytest.approx(450 / 240) and "x 1.9" in render(join(load("smd_runtime"), store))
     store.write(clean.model_copy(update={"cost": {**clean.cost, "training_seconds_per_epoch": 300.0}}))
     assert "x 188" in render(join(load("smd_runtime"), store))
+    gal = {"name": "gal", "variant": "smd", "fields": {}}
+    store.write(clean.model_copy(update={"defense": gal, "cost": {**clean.cost, "training_seconds_per_epoch": 600.0}}))
+    table = join(load("smd_runtime"), store)
+    both = [cell(table, defense=name).printed for name in ("naive", "smd")]
+    assert f"x 2 (paper x {both[1] / both[0]:.2g})" in render(table)
+    raw = {row["defense"]: row for row in json.loads(render(table, "json"))}["naive"]
+    assert raw["difference"] is None and raw["ratio"] == pytest.approx(45000 / 240), (
+        "seconds of two machines have no difference"
+    )
+    assert "times on: " in render(table)
     suite, who = (
         {"name": "cear_mnist", "version": 1, "budget": "quick"},
         {"name": "cear_rw", "variant": "cear_rw", "fields": {}},

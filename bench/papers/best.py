@@ -34,7 +34,7 @@ def _best(store: Store, group: Mapping[Place, Cell]) -> Place | None:
         return None
     ordered = sorted(filled, key=lambda place: filled[place].value, reverse=not next(iter(filled.values())).lower_is_better)
     first = filled[ordered[0]]
-    if "flagged" in first.status.split(", "):
+    if first.flagged:
         return None
     tests = [_p(store, first, filled[place]) for place in ordered[1:]]
     ps = [p for p in tests if p is not None]

@@ -141,6 +141,16 @@ class Cell:
         return len(self.ours) > (1 if self.deviation else 0)
 
     @property
+    def too_few(self) -> bool:
+        """Whether ours is 0 for want of draws, which is no finding."""
+        return self.filled and self.ours[0].too_few
+
+    @property
+    def flagged(self) -> bool:
+        """Whether the diagnosis of a seed flags ours."""
+        return "flagged" in self.status.split(", ")
+
+    @property
     def value(self) -> float:
         """Ours: the mean over training seeds, or their deviation where the paper prints one."""
         values = [one.value for one in self.ours]
@@ -153,36 +163,52 @@ class Cell:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Of one seed over images; of several over images and seeds together (Student); of a deviation by chi-square."""
+        """Of one seed over images; of several over images and seeds together (Student); of a deviation by chi-square.
+
+        A deviation of 0 has none: seeds agree exactly because accuracies move by whole images.
+        """
         if self.deviation:
-            return _of_deviation(self.value, len(self.ours)) if self.filled else None
+            return _of_deviation(self.value, len(self.ours)) if self.filled and self.value else None
         ends = [(one.lower, one.upper) for one in self.ours if one.lower is not None and one.upper is not None]
         if not ends or len(ends) < len(self.ours):
             return None
         if self.spread is None:
             return ends[0]
         # All seeds are asked about the same images, whose choice their mean does not average out.
-        images = mean(high - low for low, high in ends) / 2
+        # Each side has its own width: near 0 and 100 percent an interval over images reaches one way alone.
+        below = mean(own.value - low for own, (low, _) in zip(self.ours, ends, strict=True))
+        above = mean(high - own.value for own, (_, high) in zip(self.ours, ends, strict=True))
         seeds = float(stats.t.ppf(HALF, len(ends) - 1)) * self.spread / math.sqrt(len(ends))
-        half = math.hypot(images, seeds)
-        low, high = self.value - half, self.value + half
+        low, high = self.value - math.hypot(below, seeds), self.value + math.hypot(above, seeds)
         return (max(low, 0.0), min(high, 100.0)) if self.row["unit"] == "percent" else (low, high)
 
     @property
-    def difference(self) -> float:
-        """Ours less the paper's, in points of percent or in the paper's unit."""
-        return self.value - self.printed
+    def difference(self) -> float | None:
+        """Ours less the paper's, in points; None where it would tell nothing: of times, of impossible numbers, for want of
+        draws."""
+        told = self.filled and not self.too_few and not self.impossible and self.in_percent
+        return self.value - self.printed if told else None
 
     @property
     def ratio(self) -> float | None:
         """Ours over the paper's, of times; None where our network is another than the paper's, which tells nothing."""
         same = all(record.architecture == self.row["architecture"] for record in self.records)
-        return self.value / self.printed if same else None
+        return self.value / self.printed if self.filled and not self.in_percent and same else None
+
+    @property
+    def in_percent(self) -> bool:
+        """Whether it is in percent, or in points of percent, and no time."""
+        return str(self.row["unit"]).startswith("percent")
+
+    @property
+    def impossible(self) -> bool:
+        """Whether the published number cannot be true."""
+        return bool(self.row["flag"] == "impossible")
 
     @property
     def inside(self) -> bool | None:
         """Whether the paper's number lies in our interval; None without one, or where the number is impossible."""
-        if not self.filled or self.interval is None or self.row["flag"] == "impossible":
+        if not self.filled or self.interval is None or self.impossible:
             return None
         digits = 10.0 ** -_decimals(self.row["printed"]) / 2  # what rounding may have moved it by
         low, high = self.interval
@@ -193,9 +219,9 @@ class Cell:
         """Of this kind of number."""
         return self.row["metric"] in published.LOWER_IS_BETTER or self.deviation
 
-    def command(self, seeds: Sequence[int]) -> str:
-        """What fills the cell."""
-        return commands([self.need], self.budget, seeds, [self.need] if self.taken else ())[0]
+    def command(self, seeds: Sequence[int], more: str = "") -> str:
+        """What fills the cell, with further options."""
+        return commands([self.need], self.budget, seeds, [self.need] if self.taken else (), more)[0]
 
     @property
     def need(self) -> Need:

@@ -142,6 +142,7 @@ def _groups(table: PaperTable, style: Style, marks: dict[int, list[str]]) -> lis
         if any(cell and cell.filled for cell in cells):
             more["95 %"] = [style.plain(_interval(cell)) for cell in cells]
             more["difference"] = [style.plain(_difference(cell)) for cell in cells]
+            more["to the first"] = [style.plain(_to_first(table, (row, column))) for column in table.columns]
             for name in dict.fromkeys(one.words for cell in cells if cell for one in cell.answer.beside):
                 more[name] = [style.plain(_beside(cell, name)) for cell in cells]
         blank = [""] * len(labels)
@@ -154,19 +155,18 @@ def _printed(cell: Cell | None, marks: dict[int, list[str]], style: Style) -> st
     if cell is None:
         return ""
     text, own = str(cell.row["printed"]), marks[id(cell)]
-    impossible = cell.row["flag"] == "impossible"
-    if not impossible and cell.row["std"] != "" and not cell.deviation:
+    if not cell.impossible and cell.row["std"] != "" and not cell.deviation:
         text += f" ± {cell.row['printed_std']}"
-    return (style.strike(text) if impossible else style.plain(text)) + (style.mark(",".join(own)) if own else "")
+    return (style.strike(text) if cell.impossible else style.plain(text)) + (style.mark(",".join(own)) if own else "")
 
 
 def _ours(cell: Cell | None, style: Style) -> str:
     if cell is None or not cell.filled:
         return style.plain(HOLE if cell else "")
-    text = "0 by n" if cell.ours[0].too_few else _short(cell, cell.value)
+    text = "0 by n" if cell.too_few else _short(cell, cell.value)
     if cell.spread is not None:
         text += f" ± {_short(cell, cell.spread)} ({len(cell.ours)})"
-    return style.bold(text) if cell.best else style.plain(text)
+    return (style.bold(text) if cell.best else style.plain(text)) + (style.mark("!") if cell.flagged else "")
 
 
 def _interval(cell: Cell | None) -> str:
@@ -176,11 +176,31 @@ def _interval(cell: Cell | None) -> str:
 
 
 def _difference(cell: Cell | None) -> str:
-    if cell is None or not cell.filled or cell.row["flag"] == "impossible" or cell.ours[0].too_few:
+    if cell is None or not cell.filled:
         return ""
-    if not _percent(cell):
-        return "other network" if cell.ratio is None else f"x {cell.ratio:.2g}" if cell.ratio < 100 else f"x {cell.ratio:.0f}"
-    return f"{cell.difference:+.1f}" + (" out" if cell.inside is False else "")
+    if not cell.in_percent:
+        return "other network" if cell.ratio is None else _times(cell.ratio)
+    if cell.difference is None:
+        return ""
+    # Rounding leaves no sign before a difference of nothing.
+    return f"{round(cell.difference, 1) + 0.0:+.1f}" + (" out" if cell.inside is False else "")
+
+
+def _times(ratio: float) -> str:
+    return f"x {ratio:.2g}" if ratio < 100 else f"x {ratio:.0f}"
+
+
+def _to_first(table: PaperTable, where: Where) -> str:
+    """Of a time: how many times the first of its data set that has one of ours, by us and in the paper."""
+    cell = table.cells.get(where)
+    if cell is None or not cell.filled or cell.in_percent:
+        return ""
+    first = next(
+        own
+        for (_, column), own in table.cells.items()
+        if own.filled and column == where[1] and own.row["dataset"] == cell.row["dataset"]
+    )
+    return "" if first is cell else f"{_times(cell.value / first.value)} (paper {_times(cell.printed / first.printed)})"
 
 
 def _beside(cell: Cell | None, name: str) -> str:
@@ -195,12 +215,8 @@ def _other(cell: Cell, name: str) -> list[Number]:
     return [one for one in found if one is not None]
 
 
-def _percent(cell: Cell) -> bool:
-    return str(cell.row["unit"]).startswith("percent")
-
-
 def _short(cell: Cell, value: float) -> str:
-    return f"{value:.1f}" if _percent(cell) else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:.1f}" if cell.in_percent else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def tidy(table: PaperTable) -> list[dict[str, Any]]:
@@ -236,11 +252,13 @@ def _facts(table: PaperTable, row: Label, heading: str, cell: Cell) -> dict[str,
         "deviation": cell.spread if cell.filled else None,
         "lower": interval[0] if interval else None,
         "upper": interval[1] if interval else None,
-        "difference": cell.difference if cell.filled else None,
+        "too_few_draws": cell.too_few,
+        "difference": cell.difference,
+        "ratio": cell.ratio,
         "published_inside": cell.inside,
         "best": cell.best,
         "status": cell.status or None,
         **{one.words: ", ".join(f"{own.value:.6g}" for own in _other(cell, one.words)) or None for one in cell.answer.beside},
         "hole": cell.why or None,
-        "command": None if cell.filled else cell.command(table.seeds),
+        "command": None if cell.filled else cell.command(table.seeds, table.options),
     }

@@ -35,12 +35,14 @@ class PaperTable:
         budget: whose records it shows.
         cells: (row, column) -> cell; a place without one is empty in print, too.
         left_out: records that were not used, in words.
+        options: of commands that would fill its holes where it was made, e.g. " --runs elsewhere".
     """
 
     layout: Layout
     budget: str
     cells: Mapping[Where, Cell]
     left_out: tuple[str, ...]
+    options: str = ""
 
     @property
     def rows(self) -> list[Label]:
@@ -54,8 +56,8 @@ class PaperTable:
 
     @property
     def filled(self) -> int:
-        """Cells with a number of ours."""
-        return sum(cell.filled for cell in self.cells.values())
+        """Cells with a number of ours; one that is 0 for want of draws counts where no draws would be enough."""
+        return sum(cell.filled and (cell.impossible or not cell.too_few) for cell in self.cells.values())
 
     @property
     def seeds(self) -> tuple[int, ...]:

@@ -174,6 +174,11 @@ class Layout(Strict):
                 raise ValueError(f"rows and columns: two published numbers at {place}; lay out by a further column")
         return rows
 
+    @property
+    def protocol(self) -> Layout:
+        """The same, answered by the suites of the paper's protocol alone."""
+        return self.model_copy(update={"suites": {data: names[:1] for data, names in self.suites.items()}})
+
     def variant(self, row: Mapping[str, Any]) -> tuple[str, Run]:
         """What is run for a published number, as on the command line, and why."""
         run = next(one for one in self.runs if one.fits(row))

@@ -51,9 +51,7 @@ def prepare(layout: Layout, wish: Wish, progress: Progress, executor: Executor |
 
 def by_suite(layout: Layout, wish: Wish) -> tuple[dict[str, list[Cell]], tuple[int, ...]]:
     """The cells of a table by suite of the paper's protocol, and the training seeds that they are to have."""
-    # The protocol's own suites, whatever records of others a table may show.
-    only = layout.model_copy(update={"suites": {data: names[:1] for data, names in layout.suites.items()}})
-    table = join(only, Store(wish.runs), wish.budget)
+    table = join(layout.protocol, Store(wish.runs), wish.budget)
     suites: dict[str, list[Cell]] = {}
     for cell in table.cells.values():
         suites.setdefault(cell.suite, []).append(cell)

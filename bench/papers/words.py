@@ -73,15 +73,21 @@ WORDS: dict[str, dict[str, str]] = {
 CONVENTIONS = (
     "paper: as printed; ours: mean over training seeds, ± their deviation (number of seeds) where there are several",
     "95 %: interval of ours, over images (of several seeds: over images and seeds together)",
-    "difference: ours - paper, in points; out: the paper's number lies outside our interval; of times: x ours / paper",
+    "difference: ours - paper, in points; out: the paper's number, with what rounding may have taken from it, lies outside our "
+    "interval, which of one seed leaves out how much another training would move it",
     "accuracies and rates are in percent of all images unless said otherwise",
     "bold: the best of ours that answer the same question, different from every other on the same images (McNemar's exact test "
     "for one seed, else sign flips) and, of several seeds, over trainings (paired t), the larger p <= 0.05 after Holm's "
     "correction for the others; of one seed it tells of these networks alone; without stored rows nothing is, nor "
     "where the best is flagged",
-    "struck out: cannot be true; small letters: remarks below",
+    "struck out: cannot be true; small letters: remarks below; !: flagged, see the status",
 )
 """How to read a table."""
+
+TIMES = (
+    "of times: difference is x ours / paper; to the first: how many times the first of its data set, which compares between "
+    "machines"
+)
 
 BY_N = "0 by n: no image can be certified there with as few draws as this budget has, so that no difference is told"
 
@@ -156,7 +162,7 @@ def lists(table: PaperTable) -> list[tuple[str, list[str]]]:
     used = [cell for cell in cells if cell.ours]
     runs = _unique(layout.variant(cell.row)[1].remark for cell in cells)
     found = [
-        ("How to read it:", [*CONVENTIONS, *([BY_N] if any(one.too_few for cell in used for one in cell.ours) else [])]),
+        ("How to read it:", [*CONVENTIONS, *_more_conventions(table)]),
         ("Ours:", [_suite(table, name) for name in dict.fromkeys(cell.suite for cell in cells)]),
         ("Status (bench diagnose RUNS/SUITE says why):", _statuses(used)),
         ("Protocol:", [*runs, *_unique(cell.answer.remark for cell in cells), *table.left_out]),
@@ -166,6 +172,14 @@ def lists(table: PaperTable) -> list[tuple[str, list[str]]]:
         ("– is filled by:", _commands(table)),
     ]
     return [(title, lines) for title, lines in found if lines]
+
+
+def _more_conventions(table: PaperTable) -> list[str]:
+    """What only some tables need."""
+    cells = list(table.cells.values())
+    by_n = any(cell.too_few for cell in cells)
+    draws = f"{BY_N}; `bench reproduce {table.layout.name} --budget paper` asks for more of them"
+    return [TIMES] * any(not cell.in_percent for cell in cells) + [BY_N if table.budget == "paper" else draws] * by_n
 
 
 def caption(table: PaperTable) -> str:
@@ -200,7 +214,9 @@ def _suite(table: PaperTable, name: str) -> str:
     text = f"suite {name} version {now.version}, budget {table.budget} ({size}): {', '.join(reduced)}"
     if not sizes:
         return f"{text}; no records"
-    return f"{text}; data: {', '.join(data)}; images: {', '.join(sizes)}"
+    devices = {str(record.made.get("device", "unknown")) for cell in cells if not cell.in_percent for record in cell.records}
+    machine = f"; times on: {', '.join(sorted(devices))}" if devices else ""
+    return f"{text}; data: {', '.join(data)}; images: {', '.join(sizes)}{machine}"
 
 
 def _asked(record: Record) -> str:
@@ -220,13 +236,17 @@ def _statuses(cells: list[Cell]) -> list[str]:
 
 
 def _commands(table: PaperTable) -> list[str]:
-    """What fills the holes: everything at once, and each suite's evaluations apart."""
+    """What fills the holes: everything by the paper's protocol, and what is shown of each suite apart."""
     holes = [cell for cell in table.cells.values() if not cell.filled and not cell.why.startswith("makes no sense")]
     if not holes:
         return []
     taken = [cell.need for cell in holes if cell.taken]
-    apart = commands((cell.need for cell in holes), table.budget, table.seeds, taken)
-    return [f"bench reproduce {table.layout.name} --budget {table.budget}" + (" --fresh" if taken else ""), *apart]
+    apart = commands((cell.need for cell in holes), table.budget, table.seeds, taken, table.options)
+    at_once = f"bench reproduce {table.layout.name} --budget {table.budget}" + " --fresh" * bool(taken) + table.options
+    own, used = table.layout.protocol.suites, [(cell.row["dataset"], cell.suite) for cell in table.cells.values()]
+    other = [f"{own[data][0]} where {name} is shown" for data, name in dict.fromkeys(used) if name != own[data][0]]
+    told = [f"the first runs all of the paper's protocol, suite {', '.join(other)}; the others fill what is shown"]
+    return [at_once, *apart, *(told if other else [])]
 
 
 def _holes(table: PaperTable) -> list[str]:
