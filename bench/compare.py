@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pandas as pd
 
 from bench import metrics
+from bench.diagnose import diagnose
 from bench.per_image import per_image
 from bench.registry import RegistryError, variant_of
 from bench.store import Record, Store
@@ -26,7 +27,9 @@ class Difference:
         evaluation, number: which.
         n, seeds: images that both were asked about, and training seeds that both have.
         a, b: the means over images and seeds.
-        difference, lower, upper: a - b, with its interval over images, for the networks as they are.
+        difference, lower, upper: a - b, with its interval over images, for the networks as they are
+            (:func:`bench.metrics.paired_difference` of one seed's verdicts, else by bootstrap); without one where several
+            seeds or other values are all equally far apart, which a bootstrap cannot tell from certainty.
         each: the difference of every seed.
         p: over images, for the networks as they are (:func:`bench.metrics.over_images`); ``holm`` is it, corrected.
         trainings: p for networks trained again, the larger of ``p`` and :func:`bench.metrics.over_trainings`; None for one
@@ -40,8 +43,8 @@ class Difference:
     a: float
     b: float
     difference: float
-    lower: float
-    upper: float
+    lower: float | None
+    upper: float | None
     each: tuple[float, ...]
     p: float
     holm: float = 1.0
@@ -61,34 +64,65 @@ class Difference:
         return self._direction if self.trainings_holm <= LEVEL else "not shown"
 
     @property
+    def p_in_words(self) -> str:
+        """The corrected p; of random signs that all fell short of the difference an upper bound."""
+        return ("<= " if self.p == 1 / (metrics.FLIPS + 1) else "") + f"{self.holm:.3g}"
+
+    @property
     def _direction(self) -> str:
         return "higher" if self.difference > 0 else "lower"
 
 
-def compare(
-    store: Store, first: str, second: str, suite: str, budget: str = "quick", only: Sequence[str] = ()
-) -> list[Difference]:
-    """Every number that two variants share at a budget of a suite, as ``first`` less ``second``.
+Found = dict[tuple[str, int], Record]
+"""Evaluation and seed -> record."""
 
-    Args:
-        first, second: as records call them (:func:`label`).
+
+@dataclass(frozen=True)
+class Between:
+    """What to compare.
+
+    Attributes:
+        first, second: two variants as records call them (:func:`label`).
+        suite, budget: whose records.
+        only: evaluations; all of them if there are none.
+    """
+
+    first: str
+    second: str
+    suite: str
+    budget: str = "quick"
+    only: Sequence[str] = ()
+
+    def found(self, store: Store) -> dict[str, Found]:
+        """Finished records of both.
+
+        Raises:
+            ValueError: if one has none; says what there is.
+        """
+        return {name: _finished(store, self.suite, self.budget, name) for name in (self.first, self.second)}
+
+
+def compare(store: Store, between: Between) -> list[Difference]:
+    """Every number that two variants share at a budget of a suite, as the first less the second.
 
     Raises:
         ValueError: if one has no finished records there, or not of an evaluation, or they share no number; says what there is.
     """
-    found = {name: _finished(store, suite, budget, name) for name in (first, second)}
+    found, only = between.found(store), between.only
+    first, second = found[between.first], found[between.second]
     evaluations = {evaluation for own in found.values() for evaluation, _ in own}
     for name in only:
         if name not in evaluations:
             raise ValueError(f"--only: {unknown(name, evaluations, 'evaluation')}")
     rows: list[Difference] = []
-    for evaluation in dict.fromkeys(name for name, _ in found[first]):
-        seeds = sorted({seed for name, seed in found[first].keys() & found[second].keys() if name == evaluation})
-        if seeds and (not only or evaluation in only):
-            pairs = [(found[first][evaluation, seed], found[second][evaluation, seed]) for seed in seeds]
+    for evaluation in dict.fromkeys(name for name, _ in first):
+        pairs = _pairs(first, second, evaluation)
+        if pairs and (not only or evaluation in only):
             rows += _of_evaluation(store, evaluation, pairs)
     if not rows:
-        raise ValueError(f"{first} and {second} share no number of images in {suite} at budget {budget}")
+        where = f"{between.suite} at budget {between.budget}"
+        why = _left_out(found, rows, only)
+        raise ValueError(f"{between.first} and {between.second} share no number of images in {where}: {why}")
     corrected = metrics.holm([row.p for row in rows])
     # Over the same number of rows, so that nothing holds for other trainings that does not hold for these.
     again = metrics.holm([1.0 if row.trainings is None else row.trainings for row in rows])
@@ -107,12 +141,54 @@ def label(spec: str) -> str:
         return spec
 
 
-def _finished(store: Store, suite: str, budget: str, variant: str) -> dict[tuple[str, int], Record]:
+def _finished(store: Store, suite: str, budget: str, variant: str) -> Found:
     records = [r for r in store.records(suite) if r.suite["budget"] == budget and r.status == "success"]
     names = {record.defense["variant"] for record in records}
     if variant not in names:
         raise ValueError(f"no finished records of budget {budget} under {store.root / suite}: {unknown(variant, names)}")
     return {(r.eval["name"], r.seed): r for r in records if r.defense["variant"] == variant}
+
+
+def notes(store: Store, between: Between, rows: Sequence[Difference]) -> list[str]:
+    """What a reader of a comparison must know besides: which of the two is flagged, and what was not compared, and why."""
+    found = between.found(store)
+    told = []
+    for name, own in found.items():
+        seeds = [one.place[3] for one in diagnose(store, own.values()) if one.status == "flagged"]
+        if seeds:
+            whose = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+            told.append(
+                f"{name} is flagged ({whose}): read what `bench diagnose {store.root / between.suite / name}` says first."
+            )
+    left_out = _left_out(found, rows, between.only)
+    return [*told, *([f"Not compared: {left_out}."] if left_out else [])]
+
+
+def _left_out(found: Mapping[str, Found], rows: Sequence[Difference], only: Sequence[str]) -> str:
+    """The evaluations of two variants that no row is of, by the reason."""
+    first, second = found.values()
+    why: dict[str, list[str]] = {}
+    for evaluation in dict.fromkeys(name for name, _ in (*first, *second)):
+        if evaluation in {row.evaluation for row in rows} or (only and evaluation not in only):
+            continue
+        pairs = _pairs(first, second, evaluation)
+        lacking = [name for name, own in found.items() if not any(evaluation == one for one, _ in own)]
+        if lacking:
+            reason = f"{lacking[0]} has none"
+        elif not pairs:
+            reason = "no seed in common"
+        elif not all(same_question(*pair) for pair in pairs):
+            reason = "asked otherwise, or of other images"
+        else:
+            reason = "no number that is a mean over images"
+        why.setdefault(reason, []).append(evaluation)
+    return "; ".join(f"{', '.join(names)} ({reason})" for reason, names in why.items())
+
+
+def _pairs(first: Found, second: Found, evaluation: str) -> list[tuple[Record, Record]]:
+    """The records of an evaluation that two variants have of the same seeds."""
+    seeds = sorted(seed for name, seed in first.keys() & second.keys() if name == evaluation)
+    return [(first[evaluation, seed], second[evaluation, seed]) for seed in seeds]
 
 
 def _of_evaluation(store: Store, evaluation: str, pairs: Sequence[tuple[Record, Record]]) -> list[Difference]:
@@ -134,11 +210,19 @@ def difference(evaluation: str, number: str, pairs: Sequence[tuple[pd.Series, pd
     """The difference of one number, from what it is the mean of image by image, a pair a training seed."""
     frames = _shared(pairs)
     means = _means(frames)
-    low, high = metrics.bootstrap_mean((means.a - means.b).to_numpy())
+    low, high = _interval(means)
     each = tuple(_gap(frame) for frame in frames)
     a, b, mean = float(means.a.mean()), float(means.b.mean()), _gap(means)
     p, trainings = _chances(means, frames)
     return Difference(evaluation, number, len(means), len(frames), a, b, mean, low, high, each, p, trainings=trainings)
+
+
+def _interval(means: pd.DataFrame) -> tuple[float, float] | tuple[None, None]:
+    first, second = means.a.to_numpy(), means.b.to_numpy()
+    if metrics.are_verdicts(first, second):
+        return metrics.paired_difference(first == 1, second == 1)
+    low, high = metrics.bootstrap_mean(first - second)
+    return (low, high) if low < high else (None, None)
 
 
 def chance(pairs: Sequence[tuple[pd.Series, pd.Series]]) -> float:
@@ -173,8 +257,8 @@ def _chances(means: pd.DataFrame, frames: Sequence[pd.DataFrame]) -> tuple[float
     return p, max(p, metrics.over_trainings(np.array([_gap(frame) for frame in frames]), min(steps, default=0.0)))
 
 
-def table(rows: Sequence[Difference], first: str, second: str, fmt: str = "text") -> str:
-    """The comparison as text, Markdown, CSV or JSON.
+def table(rows: Sequence[Difference], first: str, second: str, fmt: str = "text", notes: Sequence[str] = ()) -> str:
+    """The comparison as text, Markdown, CSV or JSON; the first two with notes (:func:`notes`).
 
     Raises:
         ValueError: for another format.
@@ -190,11 +274,11 @@ def table(rows: Sequence[Difference], first: str, second: str, fmt: str = "text"
     lines = []
     for row in rows:
         percent = "accuracy" in row.number
-        shown = [_short(value, percent) for value in (row.a, row.b, row.difference, row.lower, row.upper)]
+        shown = [_short(value, percent) for value in (row.a, row.b, row.difference)]
         each = " ".join(_short(value, percent) for value in row.each) if row.seeds > 1 else ""
         again = row.again if row.trainings_holm is None else f"{row.again} (p {row.trainings_holm:.3g})"
-        interval = f"[{shown[3]}, {shown[4]}]"
-        lines.append([row.evaluation, row.number, row.n, *shown[:3], interval, each, f"{row.holm:.3g}", row.verdict, again])
+        interval = f"[{_short(row.lower, percent)}, {_short(row.upper, percent)}]" if row.lower is not None else "–"
+        lines.append([row.evaluation, row.number, row.n, *shown, interval, each, row.p_in_words, row.verdict, again])
     headings = [
         "eval",
         "number",
@@ -209,7 +293,7 @@ def table(rows: Sequence[Difference], first: str, second: str, fmt: str = "text"
         "if trained again",
     ]
     grid = str(tabulate(lines, headings, tablefmt={"text": "simple", "md": "github"}[fmt], disable_numparse=True))
-    return f"{grid}\n\n{summary(rows, first, second)}\n\n{CAPTION}"
+    return "\n\n".join([grid, summary(rows, first, second), *notes, CAPTION])
 
 
 def summary(rows: Sequence[Difference], first: str, second: str) -> str:
@@ -236,24 +320,33 @@ def _of_trainings(found: Sequence[Difference]) -> str:
 
 def _largest(found: Sequence[Difference]) -> str:
     """How many numbers differ, and the one of them that differs most for its interval."""
-    most = max(found, key=lambda row: abs(row.difference) / max(row.upper - row.lower, 1e-12))
+    most = max(found, key=lambda row: abs(row.difference) / max(_width(row), 1e-12))
     percent = "accuracy" in most.number
-    ends = [_short(value, percent) for value in (most.difference, most.lower, most.upper)]
-    points = " points" if percent else ""
-    clearest = f"{most.evaluation}: {most.number}, by {ends[0]}{points}, 95 % interval {ends[1]} to {ends[2]}"
+    clearest = f"{most.evaluation}: {most.number}, by {_short(abs(most.difference), percent)}" + " points" * percent
+    if most.lower is not None and most.upper is not None:
+        ends = sorted([most.lower, most.upper] if most.difference > 0 else [-most.lower, -most.upper])
+        clearest += f", 95 % interval {_short(ends[0], percent)} to {_short(ends[1], percent)}"
     return f"{len(found)} number{'s' if len(found) > 1 else ''} ({'most clearly in ' if len(found) > 1 else ''}{clearest})"
+
+
+def _width(row: Difference) -> float:
+    return 0.0 if row.lower is None or row.upper is None else row.upper - row.lower
 
 
 FORMATS = ("text", "md", "csv", "json")
 
 CAPTION = (
-    "Accuracies in percent. Paired on the same images, means over the training seeds that both have. Intervals (bootstrap) and "
-    "tests are over images, for the networks as they were trained: McNemar's exact test for one seed's verdicts, else "
+    "Accuracies in percent. Higher is the larger number, which is the better one of accuracies and radii, not of every number. "
+    "Paired on the same images, means over the training seeds that both have. Intervals and tests are over images, for the "
+    "networks as they were trained: Newcombe's interval and McNemar's exact test for one seed's verdicts, else bootstrap and "
     "sign flips. Training again gives other networks: whether they would differ, too, is read off the seeds (the larger of "
     "that p and a paired t over seeds), whose differences must be much alike where seeds are few. All p are corrected by Holm "
-    "over all rows."
+    "over all rows; intervals are not, so that one may leave out 0 where no difference is shown."
 )
 
 
-def _short(value: float, percent: bool) -> str:
-    return f"{100 * value:.1f}" if percent else f"{value:.4g}"
+def _short(value: float | None, percent: bool) -> str:
+    if value is None:
+        return "–"
+    # Rounding leaves no sign before nothing.
+    return f"{round(100 * value, 1) + 0.0:.1f}" if percent else f"{value + 0.0:.4g}"

@@ -84,12 +84,43 @@ def mcnemar(first: int, second: int) -> float:
     return float(stats.binomtest(first, first + second, 0.5).pvalue)
 
 
+def paired_difference(
+    first: NDArray[np.bool_], second: NDArray[np.bool_], confidence: float = CONFIDENCE
+) -> tuple[float, float]:
+    """Interval of the difference of two proportions of the same images, from Wilson's of each and their correlation (Newcombe
+    1998, method 10); it has a width even where no image tells the two apart.
+
+    Raises:
+        ValueError: if there are no images.
+    """
+    n, both, neither = len(first), int((first & second).sum()), int((~first & ~second).sum())
+    alone = int((first & ~second).sum()), int((~first & second).sum())
+    counts = both + alone[0], both + alone[1]
+    ends = [wilson(count, n, confidence) for count in counts]
+    down, up = ([abs(count / n - end[side]) for count, end in zip(counts, ends, strict=True)] for side in (0, 1))
+    margins = math.prod((*counts, *(n - count for count in counts)))
+    covariance = float(both * neither - alone[0] * alone[1])
+    if covariance > 0:
+        covariance = max(covariance - n / 2, 0.0)  # for continuity
+    phi = covariance / math.sqrt(margins) if margins else 0.0
+
+    def width(one: float, other: float) -> float:
+        return math.sqrt(max(one * one - 2 * phi * one * other + other * other, 0.0))
+
+    difference = (counts[0] - counts[1]) / n
+    return difference - width(down[0], up[1]), difference + width(up[0], down[1])
+
+
 def beyond_chance(first: int, second: int) -> bool:
     """Whether ``first`` images against ``second`` are more by over two standard errors, were a fair coin to decide each."""
     return first - second > 2 * math.sqrt(first + second)
 
 
-def sign_flip(differences: Floats, flips: int = 9999, seed: int = 0) -> float:
+FLIPS = 9999
+"""Random signs of :func:`sign_flip`, whose p is never below 1 / (flips + 1)."""
+
+
+def sign_flip(differences: Floats, flips: int = FLIPS, seed: int = 0) -> float:
     """Two-sided p that paired differences are symmetric about 0, by random signs; never below 1 / (flips + 1)."""
     rng, total, reached = np.random.default_rng(seed), abs(float(differences.sum())), 0
     live = differences[differences != 0]
@@ -103,9 +134,14 @@ def over_images(first: Floats, second: Floats) -> float:
     """Two-sided p that two classifiers are equally good, for the networks as they are, from values of the same images:
     :func:`mcnemar` for verdicts, else :func:`sign_flip`."""
     apart = first - second
-    if np.isin(np.stack([first, second]), (0.0, 1.0)).all():
+    if are_verdicts(first, second):
         return mcnemar(int((apart > 0).sum()), int((apart < 0).sum()))
     return sign_flip(apart)
+
+
+def are_verdicts(*values: Floats) -> bool:
+    """Whether all values are right or wrong, 1 or 0."""
+    return bool(np.isin(np.stack(values), (0.0, 1.0)).all())
 
 
 def over_trainings(differences: Floats, step: float) -> float:

@@ -61,6 +61,14 @@ def _robust(fields: Mapping[str, Any], rows: pd.DataFrame) -> Found:
     return found
 
 
+def _adaptive(fields: Mapping[str, Any], rows: pd.DataFrame) -> Found:
+    found: Found = {}
+    for eps in fields["eps"]:
+        part = rows[rows.eps == eps]
+        found[f"accuracy at eps {eps:g}"] = part.id, part.clean_correct & (part.broken_by == "")
+    return found
+
+
 def _certified(fields: Mapping[str, Any], rows: pd.DataFrame) -> Found:
     found: Found = {}
     for radius in fields["radii"]:
@@ -100,6 +108,7 @@ def _noise(fields: Mapping[str, Any], rows: pd.DataFrame) -> Found:
 _KINDS: dict[str, Callable[[Mapping[str, Any], pd.DataFrame], Found]] = {
     "clean": _clean,
     "robust": _robust,
+    "adaptive": _adaptive,
     "black_box": _black_box,
     "certified": _certified,
     "diversity": _diversity,

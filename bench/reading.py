@@ -81,8 +81,9 @@ def compare(  # noqa: PLR0913, PLR0917 (every option of the contract)
     options.check_format(format_, comparison.FORMATS)
     store = _filled(runs, suite)
     first, second = comparison.label(first), comparison.label(second)
-    rows = comparison.compare(store, first, second, suite, budget, options.names(only))
-    print(comparison.table(rows, first, second, format_))
+    between = comparison.Between(first, second, suite, budget, options.names(only))
+    rows = comparison.compare(store, between)
+    print(comparison.table(rows, first, second, format_, comparison.notes(store, between, rows)))
     if out:
         from bench import plots
 
@@ -170,10 +171,12 @@ def leaderboard(
 def _filled(runs: Path, suite: str = "*") -> Store:
     """The store, which must hold records of the suite."""
     from bench.store import Store
+    from bench.suites import unknown
 
     store = Store(runs)
     if not store.records(suite):
-        raise ValueError(f"there are no records under {runs}" + (f" for suite {suite!r}" if suite != "*" else ""))
+        there = sorted({record.suite["name"] for record in store.records()})
+        raise ValueError(f"there are no records under {runs}" + (f" of that suite: {unknown(suite, there)}" if there else ""))
     return store
 
 

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from bench import cli
-from bench.compare import Difference, compare, difference, summary, table
-from bench.metrics import holm, mcnemar, over_images, over_trainings, sign_flip
+from bench.compare import Between, Difference, compare, difference, notes, summary, table
+from bench.metrics import holm, mcnemar, over_images, over_trainings, paired_difference, sign_flip, wilson
 from bench.request import Request
 from bench.runner import Run
-from bench.store import Store
+from bench.store import Finding, Store
 
 
 def test_mcnemar_is_a_fair_coin_over_the_discordant_images() -> None:
@@ -28,6 +28,28 @@ def test_mcnemar_is_a_fair_coin_over_the_discordant_images() -> None:
     assert mcnemar(5, 0) == pytest.approx(2 / 32) and mcnemar(0, 5) == pytest.approx(2 / 32)
     assert mcnemar(10, 10) == pytest.approx(1.0)
     assert mcnemar(2, 8) == pytest.approx(2 * sum(stats.binom.pmf(k, 10, 0.5) for k in range(3)))
+
+
+def test_newcombes_interval_has_a_width_where_no_image_differs_and_covers_as_it_says() -> None:
+    right, wrong = np.ones(50, bool), np.zeros(50, bool)
+    low, high = paired_difference(wrong, wrong)
+    assert high == pytest.approx(wilson(0, 50)[1]) and low == -high, "nothing fell to either: each may be above 0 elsewhere"
+    assert paired_difference(right, wrong) == pytest.approx((1 - np.hypot(*[wilson(0, 50)[1]] * 2), 1))
+    # By hand: 36 right by both, 12 by the first alone, 2 by the second alone.
+    first = np.repeat([True, True, False], [36, 12, 2])
+    second = np.repeat([True, False, True], [36, 12, 2])
+    (low_a, high_a), (low_b, high_b), phi = wilson(48, 50), wilson(38, 50), -24 / np.sqrt(48 * 2 * 38 * 12)
+    down, up = np.array([0.96 - low_a, high_b - 0.76]), np.array([high_a - 0.96, 0.76 - low_b])
+    expected = [0.2 - np.sqrt(down @ down - 2 * phi * down.prod()), 0.2 + np.sqrt(up @ up - 2 * phi * up.prod())]
+    assert paired_difference(first, second) == pytest.approx(expected)
+    low, high = paired_difference(second, first)
+    assert (-high, -low) == pytest.approx(expected)
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(2000):
+        draw = rng.choice(4, 50, p=[0.6, 0.15, 0.05, 0.2])
+        low, high = paired_difference((draw == 0) | (draw == 1), (draw == 0) | (draw == 2))
+        covered += low <= 0.1 <= high
+    assert 0.93 < covered / 2000 < 0.98
 
 
 def test_holm_multiplies_the_smallest_most_and_never_reorders() -> None:
@@ -133,7 +155,7 @@ def of(rows: list[Difference], evaluation: str, number: str) -> Difference:
 
 
 def test_differences_are_those_of_the_records_numbers(store: Store) -> None:
-    rows = compare(store, "adp", "naive", "pair")
+    rows = compare(store, Between("adp", "naive", "pair"))
     values = {(r.defense["variant"], r.seed, m.metric, m.eps): m.value for r in store.records() for m in r.metrics if m.n == 60}
     clean = of(rows, "clean", "clean accuracy")
     assert clean.n == 60 and clean.seeds == 2
@@ -143,12 +165,12 @@ def test_differences_are_those_of_the_records_numbers(store: Store) -> None:
     assert clean.difference == pytest.approx(sum(clean.each) / 2) and clean.lower <= clean.difference <= clean.upper
     fgsm = of(rows, "fgsm", "accuracy at eps 0.1")
     assert fgsm.a == pytest.approx(sum(values["adp", seed, "robust_accuracy", 0.1] for seed in (0, 1)) / 2)
-    turned = of(compare(store, "naive", "adp", "pair"), "fgsm", "accuracy at eps 0.1")
+    turned = of(compare(store, Between("naive", "adp", "pair")), "fgsm", "accuracy at eps 0.1")
     assert turned.difference == pytest.approx(-fgsm.difference) and turned.p == pytest.approx(fgsm.p)
 
 
 def test_what_adp_is_for_is_shown_on_the_same_images(store: Store) -> None:
-    rows = compare(store, "adp", "naive", "pair", only=("diversity",))
+    rows = compare(store, Between("adp", "naive", "pair", only=("diversity",)))
     assert {row.evaluation for row in rows} == {"diversity"}
     diversity = of(rows, "diversity", "log diversity")
     assert diversity.difference > 0 and diversity.n == 20
@@ -173,13 +195,13 @@ def test_the_sentence_counts_what_differs_and_names_the_clearest() -> None:
     )
     lower = summary([row("ln ED", -0.2, 0.001)], "gal", "naive")
     assert lower.startswith(
-        "Beyond chance gal is lower than naive in 1 number (pgd: ln ED, by -0.2, 95 % interval -0.21 to -0.19). That is"
+        "Beyond chance gal is lower than naive in 1 number (pgd: ln ED, by 0.2, 95 % interval 0.19 to 0.21). That is"
     )
     assert "none shows a difference" in summary(rows[2:], "gal", "naive")
 
 
 def test_p_of_all_rows_are_corrected_together(store: Store) -> None:
-    rows = compare(store, "adp", "naive", "pair")
+    rows = compare(store, Between("adp", "naive", "pair"))
     assert [row.holm for row in rows] == holm([row.p for row in rows])
     assert [row.trainings_holm for row in rows] == holm([row.trainings or 0.0 for row in rows])
     assert any(row.p < row.holm < 1 for row in rows), "there is nothing that a correction would change"
@@ -194,7 +216,7 @@ def test_what_one_seed_alone_has_counts_in_the_correction_of_trainings(store: St
         if record.seed == 0 or record.eval["name"] == "clean":
             copied.write(record)
             copied.write_rows(record, store.rows(record))
-    clean, *others = compare(copied, "adp", "naive", "pair")
+    clean, *others = compare(copied, Between("adp", "naive", "pair"))
     assert clean.seeds == 2 and len(others) > 5 and {row.again for row in others} == {"one seed"}
     assert clean.trainings is not None and clean.trainings_holm == min(1.0, clean.trainings * (1 + len(others)))
 
@@ -213,9 +235,11 @@ def test_the_words_follow_the_corrected_p() -> None:
 
 
 def test_a_defense_does_not_differ_from_itself(store: Store) -> None:
-    for row in compare(store, "naive", "naive", "pair"):
-        assert (row.difference, row.lower, row.upper, row.p, row.holm) == (0, 0, 0, 1, 1)
-        assert row.verdict == "no difference shown"
+    rows = compare(store, Between("naive", "naive", "pair"))
+    for row in rows:
+        assert (row.difference, row.p, row.holm, row.verdict) == (0, 1, 1, "no difference shown")
+        assert row.lower is None or row.lower < 0 < row.upper  # type: ignore[operator]
+    assert "[0.0, 0.0]" not in table(rows, "naive", "naive") and "-0.0" not in table(rows, "naive", "naive")
 
 
 @pytest.mark.parametrize(
@@ -223,6 +247,7 @@ def test_a_defense_does_not_differ_from_itself(store: Store) -> None:
     [
         (("gal", "naive"), "unknown 'gal'; known are adp, naive"),
         (("adp", "naive", "--budget", "paper"), "no finished records of budget paper"),
+        (("adp", "naive", "--suite", "pear"), "of that suite: unknown 'pear'; did you mean 'pair'?"),
         (("adp@members=5", "naive"), "unknown 'adp@members=5'; known are adp, naive"),
         (("adp", "naive", "--only", "clean,clen"), "--only: unknown evaluation 'clen'; did you mean 'clean'? Known are clean"),
         (("adp", "naive", "--format", "pdf"), "--format: unknown 'pdf'; known are csv, json, md, text"),
@@ -231,7 +256,7 @@ def test_a_defense_does_not_differ_from_itself(store: Store) -> None:
 def test_wrong_requests_get_one_line(
     store: Store, words: tuple[str, ...], text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench", "compare", *words, "--suite", "pair", "--runs", str(store.root)])
+    monkeypatch.setattr(sys, "argv", ["bench", "compare", "--suite", "pair", "--runs", str(store.root), *words])
     with pytest.raises(SystemExit) as end:
         cli.main()
     shown = capsys.readouterr()
@@ -254,7 +279,7 @@ def test_variants_are_compared_as_commands_write_them(
 
 @pytest.mark.parametrize("fmt", ["text", "md", "csv", "json"])
 def test_every_format_holds_every_row(store: Store, fmt: str) -> None:
-    rows = compare(store, "adp", "naive", "pair")
+    rows = compare(store, Between("adp", "naive", "pair"))
     text = table(rows, "adp", "naive", fmt)
     assert all(row.number in text for row in rows)
     if fmt == "json":
@@ -272,7 +297,36 @@ def test_other_images_are_not_compared(store: Store, tmp_path: Path) -> None:
         copied.write(twin)
         copied.write_rows(twin, store.rows(record))
     with pytest.raises(ValueError, match="share no number"):
-        compare(copied, "adp", "naive", "pair")
+        compare(copied, Between("adp", "naive", "pair"))
+
+
+def test_it_is_told_what_was_not_compared_and_who_is_flagged(store: Store, tmp_path: Path) -> None:
+    copied = Store(tmp_path)
+    masked = Finding(kind="zero_gradients", detail="gradients of 50 of 60 images are zero")
+    for record in store.records():
+        naive, evaluation = record.defense["name"] == "naive", record.eval["name"]
+        if naive and evaluation == "diversity":
+            continue
+        fields = record.eval["fields"] | ({"random_start": True} if naive and evaluation == "fgsm" else {})
+        changes = {"eval": record.eval | {"fields": fields}, "findings": [masked] if naive and record.seed == 1 else []}
+        own = record.model_copy(update=changes)
+        copied.write(own)
+        copied.write_rows(own, store.rows(record))
+    rows = compare(copied, Between("adp", "naive", "pair"))
+    flagged, rest = notes(copied, Between("adp", "naive", "pair"), rows)
+    assert flagged == f"naive is flagged (seed 1): read what `bench diagnose {tmp_path / 'pair/naive'}` says first."
+    assert rest == "Not compared: diversity (naive has none); fgsm (asked otherwise, or of other images)."
+    assert rest in table(rows, "adp", "naive", notes=[rest])
+    with pytest.raises(ValueError, match=r"share no number .*: diversity \(naive has none\)"):
+        compare(copied, Between("adp", "naive", "pair", only=["diversity"]))
+    assert notes(store, Between("adp", "naive", "pair"), compare(store, Between("adp", "naive", "pair"))) == []
+
+
+def test_a_p_that_random_signs_cannot_go_below_is_a_bound() -> None:
+    far = pd.Series(np.linspace(1, 2, 100))
+    row = difference("certified", "average certified radius", [(far, far * 0)])
+    assert replace(row, holm=0.0047).p_in_words == "<= 0.0047"
+    assert replace(row, p=0.01, holm=0.0047).p_in_words == "0.0047"
 
 
 def test_records_of_before_a_field_are_compared(store: Store, tmp_path: Path) -> None:
@@ -282,4 +336,4 @@ def test_records_of_before_a_field_are_compared(store: Store, tmp_path: Path) ->
         twin = record.model_copy(update={"eval": record.eval | {"fields": fields}})
         copied.write(twin)
         copied.write_rows(twin, store.rows(record))
-    assert compare(copied, "adp", "naive", "pair") == compare(store, "adp", "naive", "pair")
+    assert compare(copied, Between("adp", "naive", "pair")) == compare(store, Between("adp", "naive", "pair"))

@@ -19,7 +19,7 @@ from attacks import Eot, Pgd, Streams
 from attacks.streams import generator
 from bench import plots, tables
 from bench.columns import key
-from bench.compare import compare
+from bench.compare import Between, compare
 from bench.evals import Robust, Skipped, Subject, UnderNoise
 from bench.evals.noise import FEWEST
 from bench.request import Request
@@ -381,7 +381,7 @@ def test_a_run_stores_it_and_a_table_shows_it(ran: tuple[Request, list[Record]])
     assert all(fact in table.caption for fact in facts)
     frame = Store(request.runs).frame()
     assert set(frame[frame.metric == "noisy_accuracy"].sigma) == {0.1}
-    found = compare(Store(request.runs), "kap@noise=0.1", "nt", "noisy")
+    found = compare(Store(request.runs), Between("kap@noise=0.1", "nt", "noisy"))
     assert {row.number for row in found} >= {"accuracy clean, noise: both", "accuracy eot at eps 1, noise: both"}
 
 

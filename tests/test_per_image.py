@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from test_store import record
 
-from bench.evals import BlackBox, Certified, Subject
+from bench.evals import Adaptive, BlackBox, Certified, Subject
 from bench.per_image import ACR, named, per_image
 from defenses.api import Classifier
 
@@ -55,6 +55,23 @@ def test_images_of_others_are_told_source_by_source_and_together() -> None:
         "accuracy at eps 0.3, images of itself": 0.5,
         "accuracy at eps 0.3, images of naive": 0.5,
     }
+
+
+def test_the_adaptive_attacks_are_told_together() -> None:
+    asked = Adaptive(images=4, norm="linf", eps=(0.3,))
+    own = pd.DataFrame(
+        {
+            "id": range(4), "label": 0, "eps": 0.3, "clean_correct": [True, True, True, False], "reviewed": True,
+            "broken_by": ["", "pgd", "view: ce", ""], "tried": "pgd\nview: ce",
+        }
+    )  # fmt: skip
+    (number,) = [
+        one.value
+        for one in asked.summarise(own, Subject(Classifier(), None, 0)).metrics
+        if one.metric == "robust_accuracy" and one.denominator == "all"
+    ]
+    name = named("robust_accuracy", {"eps": 0.3, "denominator": "all"})
+    assert per_image(like(asked), own)[name].mean() == number == 0.25
 
 
 def test_numbers_of_some_images_have_no_name() -> None:
