@@ -7,6 +7,7 @@ What a check cannot tell of a part of it, it yields as unknown. One that cannot 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -247,6 +248,25 @@ def cost(case: Case) -> Iterator[Mismatch]:
     stored, found = case.record.cost, price(case.own)
     told = [name for name in PRICED if name in stored]
     yield from differing({name: stored[name] for name in told}, {name: found.get(name) for name in told}, "cost")
+
+
+def networks(case: Case) -> Iterator[Mismatch]:
+    """A training seed has one model: this record's is that of most finished records beside it, which are read together."""
+    own = case.record.hashes.get("weights", "")
+    beside = [*map(_weights, sorted(case.path.parent.glob("*.json")))]
+    told = Counter(name for name in beside if name is not None)
+    most, count = told.most_common(1)[0] if told else (own, 1)
+    if own != most and count > told[own]:
+        yield Mismatch("hashes.weights", own, f"{most}, of {count} other records of this seed")
+
+
+def _weights(path: Path) -> str | None:
+    """The weights that a finished record names; None if there is no such record."""
+    try:
+        content = json.loads(path.read_bytes())
+        return str(content["hashes"]["weights"]) if content["status"] == "success" else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def weights(case: Case) -> Iterator[Mismatch]:

@@ -115,7 +115,7 @@ def _verify(path: Path, stock: Stock, sample: int) -> Report:
         report.note = (content.error or "it is not finished").strip().splitlines()[-1]
         return report
     case = Case(path, content, stock, sample)
-    names = ["request", "rows", "numbers", "data", "weights"]
+    names = ["request", "networks", "rows", "numbers", "data", "weights"]
     names += ["cost"] if any(name in content.cost for name in checks.PRICED) else []
     planned = {name: getattr(checks, name) for name in names}
     try:

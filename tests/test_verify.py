@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -225,6 +226,17 @@ def test_weights_of_another_seed(runs: Path) -> None:
     (mismatch,) = report.mismatches
     assert mismatch.what == "hashes.weights" and mismatch.stored != mismatch.recomputed
     assert list(report.not_checked.values())[-1] == "the weights here are not those of the record"
+
+
+def test_a_record_of_other_networks_than_those_of_its_seed(runs: Path) -> None:
+    """Found without weights, which records outlive: one evaluation was made anew after another training."""
+    shutil.rmtree(runs / "tiny/parts")
+    edit(runs / NAIVE / "clean.json", lambda record: record["hashes"].update(weights="sha256:0"))
+    reports = {Path(report.record).name: found(report) for report in verify(runs / NAIVE)}
+    assert re.search(
+        r"hashes\.weights \| sha256:0 \| sha256:[0-9a-f]{64}, of 5 other records of this seed", reports["clean.json"]
+    )
+    assert not any(text for name, text in reports.items() if name != "clean.json")
 
 
 def test_damaged_weights_stay_where_they_are(runs: Path) -> None:
@@ -644,7 +656,7 @@ def test_a_mismatch_is_code_1_with_everything_in_the_output(
     edit(path, lambda record: record["metrics"][0].update(value=0.987))
     assert bench(str(path), monkeypatch=monkeypatch) == 1
     out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith(f"MISMATCH            {path}: checked rows, numbers, data")
+    assert out[0].startswith(f"MISMATCH            {path}: checked networks, rows, numbers, data")
     assert out[1] == f"{path}: clean_accuracy: value" and out[2].split() == ["stored", "0.987"]
     assert out[-1].startswith("1 record: 1 MISMATCH; 1 mismatch in 1 record; never measured again: ")
     assert bench(str(path), "--format", "json", monkeypatch=monkeypatch) == 1
