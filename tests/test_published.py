@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -73,10 +74,16 @@ def test_known_values_can_be_asked_for_fact_by_fact() -> None:
 
 def test_what_cannot_hold_together_is_marked() -> None:
     rows = published.frame()
-    black = rows[rows.file == "smd_table2"].set_index(["dataset", "defense", "attack"]).value
-    white = rows[(rows.file == "smd_table1") & (rows.attack != "")].set_index(["dataset", "defense", "attack"])
-    above = white.value > black[white.index]
-    assert int(above.sum()) == 27 and list(white.flag == "suspicious") == list(above)
+    of = {
+        number: rows[(rows.file == f"smd_table{number}") & (rows.attack != "")].set_index(["dataset", "defense", "attack"])
+        for number in (1, 2, 3, 4)
+    }
+    above = of[1].value - of[2].value[of[1].index]
+    scatter = np.hypot(of[3]["std"], of[4]["std"][of[3].index])[of[1].index] / np.sqrt(5)
+    assert int((above > 0).sum()) == 27 and list(of[1].flag == "suspicious") == list((above > 0) & (above > 2.78 * scatter))
+    assert (
+        of[1].note.str.contains("deviations over 5 trials allow").sum() == ((above > 0) & (above <= 2.78 * scatter)).sum() == 8
+    )
     rising = rows[(rows.file == "cear_table2") & (rows.flag == "conflicting")]
     assert list(rising.radius) == [0.4, 0.5] and list(rising.value) == [7, 9]
 
