@@ -270,7 +270,7 @@ def test_views_show_what_the_plots_of_a_suite_show(make: Make, tmp_path: Path) -
     assert margin.get_lines()[0].get_ydata().tolist() == [0.9, 0.7]  # type: ignore[union-attr]
     assert radius.get_lines()[0].get_ydata().tolist() == pytest.approx([0.12, 0.22])  # type: ignore[union-attr]
     assert samples.get_lines()[0].get_xdata().tolist() == [10, 20]  # type: ignore[union-attr]
-    assert shown(drawn.page, 3)[1][2] == "30" and "150 of 200 images" in transfer.get_title()
+    assert shown(drawn.page, 3)[1][2] == "30" and "n = 150 of 200" in transfer.get_title()
     assert depth.get_lines()[0].get_ydata().tolist() == pytest.approx([0.01, 0.02, 0.04, 0.05])  # type: ignore[union-attr]
     assert not any(one.holes for one in drawn.panels)
 

@@ -461,9 +461,22 @@ def test_a_heat_map_has_sources_as_rows_and_a_panel_a_defense() -> None:
     for axes in panels:
         assert "source" in axes.get_ylabel() and "target" in axes.get_xlabel()
         assert [label.get_text() for label in axes.get_yticklabels()] == THREE
-        assert r"$\ell_\infty$, $\epsilon$ = 0.1; 150 of 200 images" in axes.get_title()
+        assert r"$\ell_\infty$, $\epsilon$ = 0.1; n = 150 of 200" in axes.get_title()
         box = axes.get_tightbbox()
         assert box is not None and figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+
+
+def test_a_heat_map_says_how_wide_its_widest_interval_is() -> None:
+    own = transferred("one", VALUES)
+    wide = [
+        m.model_copy(update={"lower": m.value - 0.01 * i, "upper": m.value + 0.02 * i}) for i, m in enumerate(own.metrics[:-1])
+    ]
+    told = [m for m in wide if (m.eps, m.denominator) == (0.1, "all_correct")]
+    figure = plots.transfer([own.model_copy(update={"metrics": wide})])
+    assert figure is not None
+    half = max(m.upper - m.lower for m in told if m.upper is not None and m.lower is not None) / 2
+    assert f"n = 150 of 200, ±{100 * half:.0f}" in figure.axes[0].get_title()
+    assert "±" not in plots.transfer([own]).axes[0].get_title()  # type: ignore[union-attr]
 
 
 def test_seeds_are_averaged_and_a_hole_stays_a_hole() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from html import escape
 from itertools import groupby
+from statistics import mean, stdev
 from typing import Any
 
 from bench import latex
@@ -206,7 +207,10 @@ def _to_first(table: PaperTable, where: Where) -> str:
 def _beside(cell: Cell | None, name: str) -> str:
     if cell is None or not cell.filled:
         return ""
-    return ", ".join(_short(cell, one.value) for one in _other(cell, name))
+    found = [one.value for one in _other(cell, name)]
+    if len(found) < 2:
+        return "".join(_short(cell, value) for value in found)
+    return f"{_short(cell, mean(found))} ± {_short(cell, stdev(found))} ({len(found)})"
 
 
 def _other(cell: Cell, name: str) -> list[Number]:

@@ -69,7 +69,8 @@ def transfer(records: list[Record]) -> Figure | None:
     colour_bar(figure, shown, panels, "target is wrong (%)")
     lines = [
         f"{suites(records)}; {sources(records)}",
-        "percentage of the images that all members get right as they are; framed: crafted on the target itself (white-box)",
+        "percentage of the images that all members get right as they are (n of all that were asked), ± half of the widest 95 % "
+        "interval of a cell, over images of one seed; framed: crafted on the target itself (white-box)",
         *sorted({f"{record.eval['name']}: {crafted(record)}" for record in records}),
     ]
     figure.supxlabel(small_print(lines, figure.get_figwidth()), **SMALL)
@@ -186,9 +187,12 @@ def facts(group: list[Record]) -> str:
 
 
 def counted(group: list[Record]) -> str:
-    """The budget, and how many images count; of several seeds on a line of its own."""
-    counts = sorted({metric.n for record in group for metric in matrix_of(record).values()}) or [0]
+    """The budget, how many images count, and the widest interval of a cell, over images of one seed; of several seeds on a line
+    of its own."""
+    numbers = [metric for record in group for metric in matrix_of(record).values()]
+    counts = sorted({metric.n for metric in numbers}) or [0]
     images = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
     between = f", mean of {len(group)} seeds\n" if len(group) > 1 else "; "
     of = group[0].eval["fields"]["images"]
-    return f"$\\epsilon$ = {middle(group[0]):.4g}{between}{images} of {of} images"
+    widest = max((50 * (m.upper - m.lower) for m in numbers if m.upper is not None and m.lower is not None), default=0.0)
+    return f"$\\epsilon$ = {middle(group[0]):.4g}{between}n = {images} of {of}" + (f", ±{widest:.0f}" if widest else "")
