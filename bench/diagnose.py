@@ -196,6 +196,15 @@ def diagnose(store: Store, records: Iterable[Record]) -> list[Diagnosis]:
     return found
 
 
+def statuses(store: Store, records: Sequence[Record], every: Iterable[Record]) -> list[str]:
+    """What may be believed of each record's numbers: the status of the certificates or of the attacks of its variant and seed,
+    whose other records are among ``every``."""
+    places = {place(record) for record in records}
+    known = {own.place: own for own in diagnose(store, [record for record in every if place(record) in places])}
+    sides = [(known[place(record)], certifies(record)) for record in records]
+    return [(own.certificates if certified else own.attacks).status for own, certified in sides]
+
+
 def _carried(record: Record, finding: Finding) -> Finding:
     """A record's finding, with the evaluation that it is about."""
     return finding.model_copy(update={"evidence": {"evaluations": [record.eval["name"]], **finding.evidence}})

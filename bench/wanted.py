@@ -84,6 +84,10 @@ class Shelf:
         """Whether a finished record has its place, be it that of an older question."""
         return any(record.status in FINISHED for record in self._all(need))
 
+    def every(self, suite: str) -> list[Record]:
+        """All records of a suite of which something was asked."""
+        return [record for own in self._records.get(suite, {}).values() for record in own]
+
     def _suite(self, need: Need) -> Suite:
         if need.suite not in self._suites:
             self._suites[need.suite] = load_suite(need.suite)

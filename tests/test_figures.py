@@ -23,7 +23,7 @@ from bench.figures import Curves, Figure, FigureError, available_figures, load_f
 from bench.plots.declared import Drawn, compose, draw_figure
 from bench.plots.panels import printed
 from bench.registry import resolve
-from bench.store import Metric, Record, Store
+from bench.store import Finding, Metric, Record, Store
 from bench.suites import load_suite
 from bench.wanted import Hole, Need, commands
 
@@ -159,6 +159,15 @@ def test_curves_hold_the_stored_numbers_with_their_intervals(make: Make, tmp_pat
     text = " ".join(words(drawn.page)).replace("\n", " ")
     assert "tiny v1, budget quick (reduced): lenet5, 30 images of digits (JPEG re-encoding); pgd: pgd, linf" in text
     assert "missing" not in text and "bench run" not in drawn.words
+
+
+def test_it_is_told_whose_numbers_are_flagged(make: Make, tmp_path: Path) -> None:
+    masked = Finding(kind="zero_gradients", detail="gradients of 25 of 30 images are zero")
+    drawn = draw(make(PGD, TWO), tmp_path, pgd("smd", {0.1: 0.9}, findings=[masked]), pgd("naive", {0.1: 0.2}))
+    told = "flagged, so that their numbers are not to be believed (bench diagnose says why): smd in tiny"
+    assert told in " ".join(words(drawn.page)).replace("\n", " ") and told in drawn.words
+    drawn = draw(make(PGD, TWO), tmp_path, pgd("smd", {0.1: 0.9}))
+    assert "flagged" not in drawn.words
 
 
 def test_several_seeds_are_a_mean_and_their_deviation(make: Make, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from bench.diagnose import certifies, diagnose, place
+from bench.diagnose import statuses
 from bench.papers.best import marked
 from bench.papers.cells import Cell, number
 from bench.papers.layout import Layout, facts
@@ -219,12 +219,8 @@ def _reviewed(table: PaperTable, store: Store, shelf: Shelf) -> PaperTable:
     """With the status of every cell's records, and the best ones marked."""
     shown = {(cell.suite, cell.budget, cell.label) for cell in table.cells.values() if cell.ours}
     about = [record for key, seeds in shelf.found.items() if key[:3] in shown for record in seeds.values()]
-    known = {own.place: own for own in diagnose(store, about)}
-    words: dict[int, str] = {}
-    for cell in table.cells.values():
-        for record in cell.records:
-            own = known[place(record)]
-            words[id(record)] = (own.certificates if certifies(record) else own.attacks).status
+    used = [record for cell in table.cells.values() for record in cell.records]
+    words = {id(record): status for record, status in zip(used, statuses(store, used, about), strict=True)}
     cells = {
         where: replace(cell, status=", ".join(dict.fromkeys(words[id(record)] for record in cell.records)))
         for where, cell in table.cells.items()

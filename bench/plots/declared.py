@@ -89,8 +89,9 @@ def compose(figure: Figure, store: Store, budget: str) -> Drawn:
     if any(one.panel.kind == "transfer" for one in filled):
         colour_bar(sheet, ScalarMappable(Normalize(*RATES.ends), RATES.colours), every, "target is wrong (%)")
     _head(sheet, figure.title, _keys(every, filled, looks))
-    _foot(sheet, figure, filled)
-    return Drawn(sheet, filled, contents.words(figure, filled, budget))
+    small = [*contents.explained(figure), *contents.facts(filled), *contents.doubts(filled, shelf)]
+    _foot(sheet, small, filled)
+    return Drawn(sheet, filled, contents.words(figure, small, filled, budget))
 
 
 def _draw(axes: Axes, one: Filled, looks: Looks, store: Store) -> None:
@@ -152,9 +153,9 @@ def _head(sheet: Page, title: str, handles: dict[str, Line2D]) -> None:
         sheet.suptitle(title, fontsize=10)
 
 
-def _foot(sheet: Page, figure: Figure, filled: Sequence[Filled]) -> None:
+def _foot(sheet: Page, told: Sequence[str], filled: Sequence[Filled]) -> None:
     """Caption, facts, and that something is missing, in small print, for which the page grows: else panels would be flat."""
-    lines = [*contents.explained(figure), *contents.facts(filled)]
+    lines = list(told)
     gaps, asked = len(contents.holes(filled)), sum(one.asked for one in filled)
     if gaps:
         lines.append(f"missing: {gaps} of {asked} results; the text file beside this figure has the commands that make them")

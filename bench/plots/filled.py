@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from bench.columns import certificate, crafted
+from bench.diagnose import statuses
 from bench.figures import VIEWS, Curves, Figure, View
 from bench.plots.panels import values
 from bench.plots.style import INTERVALS, OVER_IMAGES, sources, suites
@@ -79,6 +80,19 @@ def _drawable(panel: Curves | View, places: dict[float | None, list[Record]], sh
     return bool(records) and (panel.kind not in ROWS or shelf.store.path(records[0]).with_suffix(".parquet").exists())
 
 
+def doubts(filled: Sequence[Filled], shelf: Shelf) -> list[str]:
+    """Whose numbers are flagged, a sentence at most."""
+    records = list({id(record): record for one in filled for record in one.records}.values())
+    names = dict.fromkeys(_suite(record) for record in records)
+    words = statuses(shelf.store, records, [record for name in names for record in shelf.every(name)])
+    flagged = [record for record, status in zip(records, words, strict=True) if status == "flagged"]
+    whose = {name: [r.defense["variant"] for r in flagged if _suite(r) == name] for name in names}
+    told = [f"{', '.join(dict.fromkeys(variants))} in {name}" for name, variants in whose.items() if variants]
+    return (
+        [f"flagged, so that their numbers are not to be believed (bench diagnose says why): {'; '.join(told)}"] if told else []
+    )
+
+
 def facts(filled: Sequence[Filled]) -> list[str]:
     """What was measured on what, a sentence a suite, of everything that is shown."""
     records = sorted((record for one in filled for record in one.records), key=_suite)
@@ -124,9 +138,9 @@ def holes(filled: Sequence[Filled]) -> list[Hole]:
     return [hole for one in filled for hole in one.holes]
 
 
-def words(figure: Figure, filled: Sequence[Filled], budget: str) -> str:
-    """The text beside a figure: what it shows, and the commands that would fill its holes."""
-    return "\n\n".join([figure.title, *explained(figure), *facts(filled), *_missing(holes(filled), budget)]) + "\n"
+def words(figure: Figure, lines: Sequence[str], filled: Sequence[Filled], budget: str) -> str:
+    """The text beside a figure: what its small print says, and the commands that would fill its holes."""
+    return "\n\n".join([figure.title, *lines, *_missing(holes(filled), budget)]) + "\n"
 
 
 def _missing(gaps: Sequence[Hole], budget: str) -> Iterator[str]:
