@@ -117,12 +117,12 @@ class Board:
     @cached_property
     def strong(self) -> set[Threat]:
         """Where some entry was attacked adaptively or by all of AutoAttack."""
-        return {threat for entry in self.entries for own in entry.worst for threat in own if entry.strongly(threat)}
+        return {threat for entry in self.entries for threat in entry.worst if entry.strongly(threat)}
 
     @cached_property
     def threats(self) -> list[Threat]:
         """Where attacks are compared: of each norm and classifier the strong ones, or all where there are none."""
-        asked = {threat for entry in self.entries for own in entry.worst for threat in own}
+        asked = {threat for entry in self.entries for threat in entry.worst}
         served = {(threat.norm, threat.of) for threat in self.strong}
         kept = [threat for threat in asked if threat in self.strong or (threat.norm, threat.of) not in served]
         return sorted(kept, key=lambda threat: threat.order)

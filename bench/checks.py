@@ -251,13 +251,15 @@ def cost(case: Case) -> Iterator[Mismatch]:
 
 
 def networks(case: Case) -> Iterator[Mismatch]:
-    """A training seed has one model: this record's is that of most finished records beside it, which are read together."""
+    """A training seed has one model: this record's is that of the finished records beside it, which are read together, or at
+    least of more of them than any other."""
     own = case.record.hashes.get("weights", "")
     beside = [*map(_weights, sorted(case.path.parent.glob("*.json")))]
     told = Counter(name for name in beside if name is not None)
-    most, count = told.most_common(1)[0] if told else (own, 1)
-    if own != most and count > told[own]:
-        yield Mismatch("hashes.weights", own, f"{most}, of {count} other records of this seed")
+    count = told.pop(own, 0)
+    other, most = next(iter(told.most_common(1)), ("", 0))
+    if most >= max(count, 1):
+        yield Mismatch("hashes.weights", own, f"{other}, of {most} other record{'s' if most > 1 else ''} of this seed")
 
 
 def _weights(path: Path) -> str | None:

@@ -121,7 +121,7 @@ def compare(store: Store, between: Between) -> list[Difference]:
             rows += _of_evaluation(store, evaluation, pairs)
     if not rows:
         where = f"{between.suite} at budget {between.budget}"
-        why = _left_out(found, rows, only)
+        why = _left_out(between, found, rows)
         raise ValueError(f"{between.first} and {between.second} share no number of images in {where}: {why}")
     corrected = metrics.holm([row.p for row in rows])
     # Over the same number of rows, so that nothing holds for other trainings that does not hold for these.
@@ -144,6 +144,8 @@ def label(spec: str) -> str:
 def _finished(store: Store, suite: str, budget: str, variant: str) -> Found:
     records = [r for r in store.records(suite) if r.suite["budget"] == budget and r.status == "success"]
     names = {record.defense["variant"] for record in records}
+    if not names:
+        raise ValueError(f"no finished records of budget {budget} under {store.root / suite}")
     if variant not in names:
         raise ValueError(f"no finished records of budget {budget} under {store.root / suite}: {unknown(variant, names)}")
     return {(r.eval["name"], r.seed): r for r in records if r.defense["variant"] == variant}
@@ -160,13 +162,13 @@ def notes(store: Store, between: Between, rows: Sequence[Difference]) -> list[st
             told.append(
                 f"{name} is flagged ({whose}): read what `bench diagnose {store.root / between.suite / name}` says first."
             )
-    left_out = _left_out(found, rows, between.only)
+    left_out = _left_out(between, found, rows)
     return [*told, *([f"Not compared: {left_out}."] if left_out else [])]
 
 
-def _left_out(found: Mapping[str, Found], rows: Sequence[Difference], only: Sequence[str]) -> str:
+def _left_out(between: Between, found: Mapping[str, Found], rows: Sequence[Difference]) -> str:
     """The evaluations of two variants that no row is of, by the reason."""
-    first, second = found.values()
+    first, second, only = found[between.first], found[between.second], between.only
     why: dict[str, list[str]] = {}
     for evaluation in dict.fromkeys(name for name, _ in (*first, *second)):
         if evaluation in {row.evaluation for row in rows} or (only and evaluation not in only):
@@ -336,12 +338,13 @@ def _width(row: Difference) -> float:
 FORMATS = ("text", "md", "csv", "json")
 
 CAPTION = (
-    "Accuracies in percent. Higher is the larger number, which is the better one of accuracies and radii, not of every number. "
-    "Paired on the same images, means over the training seeds that both have. Intervals and tests are over images, for the "
-    "networks as they were trained: Newcombe's interval and McNemar's exact test for one seed's verdicts, else bootstrap and "
-    "sign flips. Training again gives other networks: whether they would differ, too, is read off the seeds (the larger of "
-    "that p and a paired t over seeds), whose differences must be much alike where seeds are few. All p are corrected by Holm "
-    "over all rows; intervals are not, so that one may leave out 0 where no difference is shown."
+    "Accuracies in percent. Higher is the larger number, which is the better one of accuracies and radii, not of every "
+    "number. Paired on the same images, means over the training seeds that both have. Intervals and tests are over "
+    "images, for the networks as they were trained: Newcombe's interval and McNemar's exact test for one seed's verdicts, "
+    "or those of seeds that all agree, else bootstrap (– where it has no width) and sign flips. Training again gives "
+    "other networks: whether they would differ, too, is read off the seeds (the larger of that p and a paired t over "
+    "seeds), whose differences must be much alike where seeds are few. All p are corrected by Holm over all rows; "
+    "intervals are not, so that one may leave out 0 where no difference is shown."
 )
 
 

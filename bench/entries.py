@@ -14,7 +14,7 @@ from bench import cells, columns
 from bench.cells import Column, Number
 from bench.diagnose import FALSE, SIGNS, STATUSES, Diagnosis
 from bench.metrics import wilson
-from bench.ranking import UNREADABLE, Threat, WorstCase, over_seeds, worst_cases
+from bench.ranking import UNREADABLE, Threat, WorstCase, fewest, over_seeds, worst_cases
 from bench.store import Metric, Record, Store
 
 ATTACKS = ("robust", "adaptive", "black_box", "transfer", "probe", "noise", "activations")
@@ -75,28 +75,27 @@ class Entry:
         return list(found)
 
     @cached_property
-    def worst(self) -> list[dict[Threat, WorstCase]]:
-        """The worst cases of every seed, without those of seeds that faced less than another seed: a mean with them would rise
-        with every attack that was left out."""
-        each = [worst_cases(self.store, own.records) for own in self.seeds]
-        cases: dict[Threat, list[WorstCase]] = {}
-        for own in each:
-            for threat, case in own.items():
-                cases.setdefault(threat, []).append(case)
-        return [
-            {threat: case for threat, case in own.items() if not any(case.faced_less(other) for other in cases[threat])}
-            for own in each
-        ]
+    def faced(self) -> dict[Threat, list[WorstCase]]:
+        """The worst cases of all seeds at every threat."""
+        found: dict[Threat, list[WorstCase]] = {}
+        for own in self.seeds:
+            for threat, case in worst_cases(self.store, own.records).items():
+                found.setdefault(threat, []).append(case)
+        return found
+
+    @cached_property
+    def worst(self) -> dict[Threat, Sequence[WorstCase]]:
+        """Those of them whose mean is told."""
+        return {threat: fewest(cases) for threat, cases in self.faced.items()}
 
     def stands(self, threat: Threat) -> pd.Series | None:
         """What stands of every image at a threat, mean over the seeds; None if nobody asked."""
-        each = [own[threat].stands for own in self.worst if threat in own]
-        return over_seeds(each) if each else None
+        return over_seeds([case.stands for case in self.worst[threat]]) if threat in self.worst else None
 
     def strongly(self, threat: Threat) -> bool:
-        """Whether every seed was attacked adaptively or by all of AutoAttack at this very threat."""
-        each = [own[threat].strong for own in self.worst if threat in own]
-        return bool(each) and all(each)
+        """Whether a seed was attacked adaptively or by all of AutoAttack at this very threat; what is told is no more than what
+        such seeds withstood."""
+        return any(case.strong for case in self.faced.get(threat, ()))
 
     def radii(self, setting: Setting) -> dict[Column, pd.Series]:
         """What ranks certificates, image by image, mean over the seeds: whether it is certified at a radius, and its radius
@@ -126,8 +125,8 @@ class Entry:
         for record in self.records:
             for column, metric in cells.numbers(record):
                 found.setdefault(column, []).append(metric)
-        for own in self.worst:
-            for threat, case in own.items():
+        for threat, cases in self.worst.items():
+            for case in cases:
                 n, left = len(case.stands), int(case.stands.sum())
                 low, high = wilson(left, n)
                 metric = Metric(metric="worst_case", value=left / n, n=n, lower=low, upper=high)

@@ -9,6 +9,7 @@ from pathlib import Path
 from bench import suites, tables
 from bench.datasets import DATASETS
 from bench.figures import available_figures, load_figure
+from bench.options import check_folder
 from bench.papers import layout
 from bench.papers.join import filled
 from bench.plugins import attack_classes, attack_origin
@@ -23,8 +24,9 @@ def listing(what: str, runs: Path) -> None:
     """Print what there is: everything, one kind of things, or the defenses of a user's file; of tables, too, what is filled.
 
     Raises:
-        ValueError: for an unknown kind.
+        ValueError: for an unknown kind, or a folder that is not there.
     """
+    check_folder(runs)
     kinds = {
         "defenses": lambda: _defenses(registered()),
         "attacks": lambda: {name: f"{_first_line(own)} [{attack_origin(name)}]" for name, own in attack_classes().items()},

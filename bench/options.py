@@ -31,6 +31,16 @@ def elsewhere(runs: Path) -> str:
     return "" if runs == RUNS else f" --runs {shlex.quote(str(runs))}"
 
 
+def check_folder(runs: Path) -> None:
+    """Refuse a folder of results that was asked for and is not there.
+
+    Raises:
+        ValueError: names it.
+    """
+    if not runs.is_dir() and runs != RUNS:
+        raise ValueError(f"--runs: there is no folder {runs}")
+
+
 def seeds(text: str) -> tuple[int, ...]:
     """Training seeds: "0,1,2".
 
@@ -70,7 +80,7 @@ def radii(text: str) -> list[float] | None:
 
 def names(text: str) -> tuple[str, ...]:
     """Names between commas: "clean,certified"; none for an empty text."""
-    return tuple(filter(None, text.split(",")))
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def ask(field: str, purpose: str) -> str:

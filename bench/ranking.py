@@ -61,10 +61,6 @@ class WorstCase:
     attacks: tuple[str, ...]
     strong: bool
 
-    def faced_less(self, other: WorstCase) -> bool:
-        """Whether it was spared the strong attacks that another withstood, or asked a part of what the other was asked."""
-        return other.strong if self.strong != other.strong else set(self.attacks) < set(other.attacks)
-
 
 def worst_cases(store: Store, records: Iterable[Record]) -> dict[Threat, WorstCase]:
     """The worst case at every threat that the records of one variant and seed tell of; unreadable rows count for nothing."""
@@ -112,6 +108,19 @@ def _worst_case(attacks: Sequence[Judged], eps: float) -> WorstCase:
 
 def _is_strong(one: Judged) -> bool:
     return one.role == "adaptive" or (one.role == "cascade" and one.settings.get("version") in WHOLE)
+
+
+def fewest(cases: Sequence[WorstCase]) -> Sequence[WorstCase]:
+    """Of the worst cases of several seeds at a threat those whose mean is told: all of them, or those that faced the same,
+    whichever stand least.
+
+    Seeds that faced different attacks have no honest mean. With this no attack that a seed is spared, and no seed that is
+    added, raises the number of those that faced the most.
+    """
+    alike: dict[frozenset[str], list[WorstCase]] = {}
+    for case in cases:
+        alike.setdefault(frozenset(case.attacks), []).append(case)
+    return min([cases, *alike.values()], key=lambda some: float(np.mean([case.stands.mean() for case in some])))
 
 
 def over_seeds(each: Sequence[pd.Series]) -> pd.Series:

@@ -61,7 +61,10 @@ def plot(
         )
     if suite and budget:
         raise ValueError("--budget: goes with a figure; the plots of a suite are of every budget")
-    files = draw_figure(name, _existing(runs), budget or "quick", out) if name else plots.draw(_filled(runs, suite), suite, out)
+    if name:
+        files = draw_figure(name, _existing(runs), budget or "quick", out, options.elsewhere(runs))
+    else:
+        files = plots.draw(_filled(runs, suite), suite, out)
     print(*files, sep="\n")
 
 
@@ -184,8 +187,7 @@ def _existing(runs: Path) -> Store:
     """The store, which may be empty; a folder that was asked for must be there."""
     from bench.store import Store
 
-    if not runs.is_dir() and options.elsewhere(runs):
-        raise ValueError(f"--runs: there is no folder {runs}")
+    options.check_folder(runs)
     return Store(runs)
 
 

@@ -182,9 +182,7 @@ def _details(entry: Entry) -> dict[str, Any]:
                 "eps": column.threat.eps,
                 "group": [column.threat.norm, column.threat.of],
                 "number": number,
-                "attacks": list(
-                    dict.fromkeys(w for own in entry.worst if column.threat in own for w in own[column.threat].attacks)
-                ),
+                "attacks": list(dict.fromkeys(words for case in entry.worst[column.threat] for words in case.attacks)),
             }
             for column, number in sorted(entry.numbers.items(), key=lambda item: item[0].order)
             if column.kind == "worst" and column.threat

@@ -93,18 +93,35 @@ def test_several_seeds_have_mean_and_deviation_and_the_worst_word(store: Store) 
     assert '"status":{"0":"flagged"}' in page
 
 
-def test_a_seed_that_was_attacked_less_than_another_raises_no_mean(store: Store) -> None:
-    put(store, attack("pgd", [0.1, 0.2]), pd.concat([rows(0.1, [0], 10), rows(0.2, [0, 1], 10)]))
-    put(store, attack("autoattack", [0.1], version="standard"), rows(0.1, [0, 1, 2, 3, 4], 10))
-    for seed in (4, 5):
-        put(store, attack("pgd", [0.1, 0.2]), pd.concat([rows(0.1, [], 10), rows(0.2, [], 10)]), seed=seed)
-    put(store, attack("square", [0.1, 0.2]), pd.concat([rows(0.1, [], 10), rows(0.2, [], 10)]), seed=5)
+AUTOATTACK = attack("autoattack", [0.1], version="standard")
+
+
+@pytest.mark.parametrize(
+    ("seeds", "told", "count"),
+    [
+        # Two seeds under AutoAttack, of which one, the worse, was spared or given an attack more.
+        ({0: {"autoattack": 5, "fgsm": 0}, 1: {"autoattack": 9, "fgsm": 0}}, 0.3, 2),
+        ({0: {"autoattack": 5, "fgsm": 0}, 1: {"autoattack": 9}}, 0.1, 1),
+        ({0: {"autoattack": 9, "fgsm": 0}, 1: {"autoattack": 5}}, 0.1, 1),
+        # A seed that was spared what breaks the other, with something harmless in its place, or nothing.
+        ({0: {"autoattack": 0, "pgd": 8}, 1: {"autoattack": 0, "fgsm": 2}}, 0.2, 1),
+        ({0: {"autoattack": 5}, 1: {"pgd": 0}, 2: {"pgd": 0}}, 0.5, 1),
+        # All seeds, where those that faced less stand less.
+        ({0: {"autoattack": 2}, 1: {"pgd": 8}, 2: {"pgd": 4}}, 0.4, 2),
+    ],
+)
+def test_no_attack_that_a_seed_was_spared_raises_a_mean(
+    store: Store, seeds: dict[int, dict[str, int]], told: float, count: int
+) -> None:
+    for seed, broken in seeds.items():
+        for name, images in broken.items():
+            own = AUTOATTACK if name == "autoattack" else attack(name, [0.1])
+            put(store, own, rows(0.1, list(range(images)), 10), seed=seed)
     board = only(store)
-    worst = {column.threat.eps: board.entries[0].numbers[column] for column in board.columns() if column.kind == "worst"}
-    assert worst[0.1][0] == 0.5 and worst[0.1][4:] == [1, 10], "AutoAttack was asked of one seed alone"
-    assert board.strong == {Threat("linf", 0.1)} and list(worst) == [0.1]
-    two = board.entries[0].stands(Threat("linf", 0.2))
-    assert two is not None and two.mean() == 0.75, "each of two seeds faced something that the other did not; the third less"
+    (worst,) = [board.entries[0].numbers[column] for column in board.columns() if column.kind == "worst"]
+    stands = board.entries[0].stands(Threat("linf", 0.1))
+    assert (worst[0], worst[4]) == (pytest.approx(told), count) and stands is not None and stands.mean() == pytest.approx(told)
+    assert board.strong == {Threat("linf", 0.1)}
 
 
 def proven(store: Store, variant: str, radius: float, estimator: str, right: int = 10) -> None:

@@ -69,6 +69,7 @@ def test_a_dry_run_writes_nothing(bench, tiny: Path, capsys: pytest.CaptureFixtu
         (("table", "summary", "--runs", "nowhere"), "no records"),
         (("table", "cear_table1", "--runs", "nowhere"), "there is no folder nowhere"),
         (("plot", "cear_figure2", "--runs", "nowhere"), "there is no folder nowhere"),
+        (("list", "tables", "--runs", "nowhere"), "there is no folder nowhere"),
         (("plot", "--suite", "digits"), "no records"),
         (("list", "defences"), "did you mean 'defenses'"),
         (("run", "--defense", "naive"), "suite"),

@@ -239,6 +239,7 @@ def test_a_defense_does_not_differ_from_itself(store: Store) -> None:
     for row in rows:
         assert (row.difference, row.p, row.holm, row.verdict) == (0, 1, 1, "no difference shown")
         assert row.lower is None or row.lower < 0 < row.upper  # type: ignore[operator]
+    assert notes(store, Between("naive", "naive", "pair"), rows) == []
     assert "[0.0, 0.0]" not in table(rows, "naive", "naive") and "-0.0" not in table(rows, "naive", "naive")
 
 
@@ -246,7 +247,7 @@ def test_a_defense_does_not_differ_from_itself(store: Store) -> None:
     ("words", "text"),
     [
         (("gal", "naive"), "unknown 'gal'; known are adp, naive"),
-        (("adp", "naive", "--budget", "paper"), "no finished records of budget paper"),
+        (("adp", "naive", "--budget", "paper"), "no finished records of budget paper under "),
         (("adp", "naive", "--suite", "pear"), "of that suite: unknown 'pear'; did you mean 'pair'?"),
         (("adp@members=5", "naive"), "unknown 'adp@members=5'; known are adp, naive"),
         (("adp", "naive", "--only", "clean,clen"), "--only: unknown evaluation 'clen'; did you mean 'clean'? Known are clean"),

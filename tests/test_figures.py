@@ -164,7 +164,7 @@ def test_curves_hold_the_stored_numbers_with_their_intervals(make: Make, tmp_pat
 def test_it_is_told_whose_numbers_are_flagged(make: Make, tmp_path: Path) -> None:
     masked = Finding(kind="zero_gradients", detail="gradients of 25 of 30 images are zero")
     drawn = draw(make(PGD, TWO), tmp_path, pgd("smd", {0.1: 0.9}, findings=[masked]), pgd("naive", {0.1: 0.2}))
-    told = "flagged, so that their numbers are not to be believed (bench diagnose says why): smd in tiny"
+    told = "flagged, to be read in bench diagnose before their numbers are quoted: smd in tiny"
     assert told in " ".join(words(drawn.page)).replace("\n", " ") and told in drawn.words
     drawn = draw(make(PGD, TWO), tmp_path, pgd("smd", {0.1: 0.9}))
     assert "flagged" not in drawn.words

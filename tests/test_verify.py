@@ -237,6 +237,12 @@ def test_a_record_of_other_networks_than_those_of_its_seed(runs: Path) -> None:
         r"hashes\.weights \| sha256:0 \| sha256:[0-9a-f]{64}, of 5 other records of this seed", reports["clean.json"]
     )
     assert not any(text for name, text in reports.items() if name != "clean.json")
+    # Of two records nobody knows which is of the seed's networks.
+    for path in (runs / NAIVE).glob("*.json"):
+        if path.name not in ("clean.json", "pgd.json"):
+            path.unlink()
+    found_both = [found(report) for report in verify(runs / NAIVE)]
+    assert len(found_both) == 2 and all("of 1 other record of this seed" in text for text in found_both)
 
 
 def test_damaged_weights_stay_where_they_are(runs: Path) -> None:

@@ -112,8 +112,9 @@ class Cell:
         records, ours: finished records that answer, one a training seed, and their numbers.
         why: of a hole, what its records say instead of a number, if there are any.
         taken: whether a finished record that does not answer has a place that a run would need.
-        status: what may be believed of the records, as in summaries; "" for a hole.
+        statuses: what may be believed of each record, as in summaries.
         best: whether it is the best of its block and column, and differs from all others there significantly.
+        first: of a time, the first of ours of its data set and column, if that is another.
     """
 
     row: Mapping[str, Any]
@@ -127,8 +128,9 @@ class Cell:
     ours: tuple[Number, ...] = ()
     why: str = ""
     taken: bool = False
-    status: str = ""
+    statuses: tuple[str, ...] = ()
     best: bool = False
+    first: Cell | None = None
 
     @property
     def printed(self) -> float:
@@ -148,7 +150,17 @@ class Cell:
     @property
     def flagged(self) -> bool:
         """Whether the diagnosis of a seed flags ours."""
-        return "flagged" in self.status.split(", ")
+        return "flagged" in self.statuses
+
+    @property
+    def status(self) -> str:
+        """What may be believed, of whose seeds where they differ; "" for a hole."""
+        seeds: dict[str, list[int]] = {}
+        for status, record in zip(self.statuses, self.records, strict=True):
+            seeds.setdefault(status, []).append(record.seed)
+        if len(seeds) < 2:
+            return "".join(seeds)
+        return "; ".join(f"{status} (seed {', '.join(map(str, own))})" for status, own in seeds.items())
 
     @property
     def value(self) -> float:
@@ -194,6 +206,11 @@ class Cell:
         """Ours over the paper's, of times; None where our network is another than the paper's, which tells nothing."""
         same = all(record.architecture == self.row["architecture"] for record in self.records)
         return self.value / self.printed if self.filled and not self.in_percent and same else None
+
+    @property
+    def multiples(self) -> tuple[float, float] | None:
+        """Of a time, how many times the first it is, ours and the paper's; None for the first."""
+        return None if self.first is None else (self.value / self.first.value, self.printed / self.first.printed)
 
     @property
     def in_percent(self) -> bool:

@@ -91,7 +91,7 @@ def _latex(table: PaperTable) -> str:
     several = len(names) > 1
     heads = _heads(table, STYLES["text"])[several:]
     parts = []
-    for first, rows in groupby(table.rows, key=lambda row: row[0]):
+    for first, rows in groupby(table.rows, key=lambda row: row[0] if several else ""):
         own = replace(table, cells=_of_rows(table, list(rows)))
         plain, written = (_groups(own, STYLES[style], marks) for style in ("text", "latex"))
         groups = [
@@ -143,7 +143,7 @@ def _groups(table: PaperTable, style: Style, marks: dict[int, list[str]]) -> lis
         if any(cell and cell.filled for cell in cells):
             more["95 %"] = [style.plain(_interval(cell)) for cell in cells]
             more["difference"] = [style.plain(_difference(cell)) for cell in cells]
-            more["to the first"] = [style.plain(_to_first(table, (row, column))) for column in table.columns]
+            more["to the first"] = [style.plain(_to_first(cell)) for cell in cells]
             for name in dict.fromkeys(one.words for cell in cells if cell for one in cell.answer.beside):
                 more[name] = [style.plain(_beside(cell, name)) for cell in cells]
         blank = [""] * len(labels)
@@ -191,17 +191,11 @@ def _times(ratio: float) -> str:
     return f"x {ratio:.2g}" if ratio < 100 else f"x {ratio:.0f}"
 
 
-def _to_first(table: PaperTable, where: Where) -> str:
-    """Of a time: how many times the first of its data set that has one of ours, by us and in the paper."""
-    cell = table.cells.get(where)
-    if cell is None or not cell.filled or cell.in_percent:
+def _to_first(cell: Cell | None) -> str:
+    """How many times the first method a time is."""
+    if cell is None or cell.multiples is None:
         return ""
-    first = next(
-        own
-        for (_, column), own in table.cells.items()
-        if own.filled and column == where[1] and own.row["dataset"] == cell.row["dataset"]
-    )
-    return "" if first is cell else f"{_times(cell.value / first.value)} (paper {_times(cell.printed / first.printed)})"
+    return "{} (paper {})".format(*map(_times, cell.multiples))
 
 
 def _beside(cell: Cell | None, name: str) -> str:
@@ -209,7 +203,9 @@ def _beside(cell: Cell | None, name: str) -> str:
         return ""
     found = [one.value for one in _other(cell, name)]
     if len(found) < 2:
-        return "".join(_short(cell, value) for value in found)
+        return "" if cell.deviation else "".join(_short(cell, value) for value in found)
+    if cell.deviation:
+        return _short(cell, stdev(found))
     return f"{_short(cell, mean(found))} ± {_short(cell, stdev(found))} ({len(found)})"
 
 
@@ -259,6 +255,8 @@ def _facts(table: PaperTable, row: Label, heading: str, cell: Cell) -> dict[str,
         "too_few_draws": cell.too_few,
         "difference": cell.difference,
         "ratio": cell.ratio,
+        "multiple_of_first": cell.multiples[0] if cell.multiples else None,
+        "published_multiple_of_first": cell.multiples[1] if cell.multiples else None,
         "published_inside": cell.inside,
         "best": cell.best,
         "status": cell.status or None,

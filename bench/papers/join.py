@@ -56,8 +56,8 @@ class PaperTable:
 
     @property
     def filled(self) -> int:
-        """Cells with a number of ours; one that is 0 for want of draws counts where no draws would be enough."""
-        return sum(cell.filled and (cell.impossible or not cell.too_few) for cell in self.cells.values())
+        """Cells with a number of ours."""
+        return sum(cell.filled for cell in self.cells.values())
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -180,7 +180,20 @@ def _at(layout: Layout, shelf: Shelf, budget: str) -> PaperTable:
         where = (tuple(row[name] for name in layout.rows), tuple(row[name] for name in layout.columns))
         kept, ours = tuple(own for own, _ in pairs), tuple(own for _, own in pairs)
         cells[where] = replace(cell, records=kept, ours=ours, why=why, taken=taken)
-    return PaperTable(layout, budget, cells, tuple(dict.fromkeys(left_out)))
+    return PaperTable(layout, budget, _beside_the_first(cells), tuple(dict.fromkeys(left_out)))
+
+
+def _beside_the_first(cells: Mapping[Where, Cell]) -> dict[Where, Cell]:
+    """Times, with the first of ours of their data set and column."""
+    first: dict[tuple[str, Label], Cell] = {}
+    found = {}
+    for where, cell in cells.items():
+        place = cell.row["dataset"], where[1]
+        if cell.filled and not cell.in_percent and first.setdefault(place, cell) is not cell:
+            found[where] = replace(cell, first=first[place])
+        else:
+            found[where] = cell
+    return found
 
 
 def _block(layout: Layout, row: Mapping[str, Any]) -> Label:
@@ -222,7 +235,7 @@ def _reviewed(table: PaperTable, store: Store, shelf: Shelf) -> PaperTable:
     used = [record for cell in table.cells.values() for record in cell.records]
     words = {id(record): status for record, status in zip(used, statuses(store, used, about), strict=True)}
     cells = {
-        where: replace(cell, status=", ".join(dict.fromkeys(words[id(record)] for record in cell.records)))
+        where: replace(cell, statuses=tuple(words[id(record)] for record in cell.records))
         for where, cell in table.cells.items()
     }
     groups: dict[Label, dict[Where, Cell]] = {}

@@ -85,11 +85,11 @@ CONVENTIONS = (
 """How to read a table."""
 
 TIMES = (
-    "of times: difference is x ours / paper; to the first: how many times the first of its data set, which compares between "
-    "machines"
+    "of times: difference is x ours / paper; to the first: how many times the first of its data set, which depends less on the "
+    "machine, but on what else it did: one run each, without an interval"
 )
 
-BY_N = "0 by n: no image can be certified there with as few draws as this budget has, so that no difference is told"
+BY_N = "0 by n: no image can be certified there with as many draws as this budget has, so that no difference is told"
 
 
 def shown(layout: Layout, column: str, value: Hashable, alone: bool = True) -> str:
@@ -159,7 +159,7 @@ def lists(table: PaperTable) -> list[tuple[str, list[str]]]:
     """Everything that a reader needs to trust or doubt a number: titles, each with its sentences."""
     layout, cells = table.layout, list(table.cells.values())
     marks, common = remarks(table)[1:]
-    used = [cell for cell in cells if cell.ours]
+    used = [cell for cell in cells if cell.filled]
     runs = _unique(layout.variant(cell.row)[1].remark for cell in cells)
     found = [
         ("How to read it:", [*CONVENTIONS, *_more_conventions(table)]),
@@ -177,9 +177,7 @@ def lists(table: PaperTable) -> list[tuple[str, list[str]]]:
 def _more_conventions(table: PaperTable) -> list[str]:
     """What only some tables need."""
     cells = list(table.cells.values())
-    by_n = any(cell.too_few for cell in cells)
-    draws = f"{BY_N}; `bench reproduce {table.layout.name} --budget paper` asks for more of them"
-    return [TIMES] * any(not cell.in_percent for cell in cells) + [BY_N if table.budget == "paper" else draws] * by_n
+    return [TIMES] * any(not cell.in_percent for cell in cells) + [BY_N] * any(cell.too_few for cell in cells)
 
 
 def caption(table: PaperTable) -> str:
@@ -231,7 +229,7 @@ def _statuses(cells: list[Cell]) -> list[str]:
     for cell in cells:
         whose.setdefault((cell.status, cell.suite), []).append(cell.label)
     told = [f"{status} in {name}: {', '.join(dict.fromkeys(labels))}" for (status, name), labels in sorted(whose.items())]
-    used = {status for status, _ in whose}
+    used = {status for cell in cells for status in cell.statuses}
     return [*told, *(f"{status}: {meaning}" for status, meaning in STATUSES.items() if status in used)]
 
 

@@ -57,15 +57,18 @@ class Drawn:
     words: str
 
 
-def draw_figure(name: str, store: Store, budget: str, out: Path) -> list[Path]:
+def draw_figure(name: str, store: Store, budget: str, out: Path, options: str = "") -> list[Path]:
     """Draw a figure by name, or from a TOML file, at a budget; the files written: PDF, PNG, and its words as text.
+
+    Args:
+        options: further ones of the commands that would fill its holes.
 
     Raises:
         bench.figures.FigureError: for an unknown budget, or a figure that cannot be used.
     """
     if budget not in BUDGETS:
         raise FigureError(f"budget: {unknown(budget, BUDGETS)}")
-    drawn = compose(load_figure(name), store, budget)
+    drawn = compose(load_figure(name), store, budget, options)
     out.mkdir(parents=True, exist_ok=True)
     files = [out / f"{Path(name).name.removesuffix('.toml')}.{kind}" for kind in ("pdf", "png", "txt")]
     for path in files[:2]:
@@ -74,8 +77,8 @@ def draw_figure(name: str, store: Store, budget: str, out: Path) -> list[Path]:
     return files
 
 
-def compose(figure: Figure, store: Store, budget: str) -> Drawn:
-    """Lay a figure out and draw every panel."""
+def compose(figure: Figure, store: Store, budget: str, options: str = "") -> Drawn:
+    """Lay a figure out and draw every panel; options are of the commands that would fill its holes."""
     shelf = Shelf(store, budget)
     filled = [fill(panel, shelf) for panel in figure.panels]
     width, height = (max(sides) for sides in zip(*(SIZES.get(panel.kind, SIZE) for panel in figure.panels), strict=True))
@@ -91,7 +94,8 @@ def compose(figure: Figure, store: Store, budget: str) -> Drawn:
     _head(sheet, figure.title, _keys(every, filled, looks))
     small = [*contents.explained(figure), *contents.facts(filled), *contents.doubts(filled, shelf)]
     _foot(sheet, small, filled)
-    return Drawn(sheet, filled, contents.words(figure, small, filled, budget))
+    gaps = contents.missing(contents.holes(filled), budget, options)
+    return Drawn(sheet, filled, "\n\n".join([figure.title, *small, *gaps]) + "\n")
 
 
 def _draw(axes: Axes, one: Filled, looks: Looks, store: Store) -> None:

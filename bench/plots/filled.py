@@ -88,9 +88,7 @@ def doubts(filled: Sequence[Filled], shelf: Shelf) -> list[str]:
     flagged = [record for record, status in zip(records, words, strict=True) if status == "flagged"]
     whose = {name: [r.defense["variant"] for r in flagged if _suite(r) == name] for name in names}
     told = [f"{', '.join(dict.fromkeys(variants))} in {name}" for name, variants in whose.items() if variants]
-    return (
-        [f"flagged, so that their numbers are not to be believed (bench diagnose says why): {'; '.join(told)}"] if told else []
-    )
+    return [f"flagged, to be read in bench diagnose before their numbers are quoted: {'; '.join(told)}"] if told else []
 
 
 def facts(filled: Sequence[Filled]) -> list[str]:
@@ -138,14 +136,12 @@ def holes(filled: Sequence[Filled]) -> list[Hole]:
     return [hole for one in filled for hole in one.holes]
 
 
-def words(figure: Figure, lines: Sequence[str], filled: Sequence[Filled], budget: str) -> str:
-    """The text beside a figure: what its small print says, and the commands that would fill its holes."""
-    return "\n\n".join([figure.title, *lines, *_missing(holes(filled), budget)]) + "\n"
-
-
-def _missing(gaps: Sequence[Hole], budget: str) -> Iterator[str]:
+def missing(gaps: Sequence[Hole], budget: str, options: str) -> Iterator[str]:
+    """The holes, and the commands that would fill them, with further options."""
     if gaps:
         yield "\n".join([f"Missing at budget {budget}:", *(f"- {hole.where}: {hole.reason}" for hole in gaps)])
-    fills = commands((hole.need for hole in gaps if hole.fillable), budget, taken=[hole.need for hole in gaps if hole.taken])
+    fills = commands(
+        (hole.need for hole in gaps if hole.fillable), budget, taken=[hole.need for hole in gaps if hole.taken], more=options
+    )
     if fills:
         yield "\n".join(["What would make it:", *fills])
