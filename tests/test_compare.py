@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from bench import cli
-from bench.compare import Between, Difference, compare, difference, notes, summary, table
+from bench.compare import Between, compare, notes, summary, table
+from bench.differences import Difference, difference
 from bench.metrics import holm, mcnemar, over_images, over_trainings, paired_difference, sign_flip, wilson
 from bench.request import Request
 from bench.runner import Run

@@ -9,7 +9,9 @@ from typing import TypeVar
 
 import pandas as pd
 
-from bench import compare, metrics
+from bench import metrics
+from bench.compare import same_question
+from bench.differences import LEVEL, chance
 from bench.papers.cells import Cell
 from bench.papers.layout import facts
 from bench.per_image import named, per_image
@@ -38,7 +40,7 @@ def _best(store: Store, group: Mapping[Place, Cell]) -> Place | None:
         return None
     tests = [_p(store, first, filled[place]) for place in ordered[1:]]
     ps = [p for p in tests if p is not None]
-    if len(ps) < len(tests) or max(metrics.holm(ps)) > compare.LEVEL:
+    if len(ps) < len(tests) or max(metrics.holm(ps)) > LEVEL:
         return None
     return ordered[0]
 
@@ -49,7 +51,7 @@ def _p(store: Store, first: Cell, second: Cell) -> float | None:
     others = {record.seed: record for record in second.records}
     for record in first.records:
         other = others.get(record.seed)
-        if other is None or not compare.same_question(record, other):
+        if other is None or not same_question(record, other):
             return None
         sides = (_values(store, record, first), _values(store, other, second))
         if sides[0] is None or sides[1] is None:
@@ -57,7 +59,7 @@ def _p(store: Store, first: Cell, second: Cell) -> float | None:
         pairs.append((sides[0], sides[1]))
     if len(pairs) < len(others):
         return None
-    return compare.chance(pairs)
+    return chance(pairs)
 
 
 def _values(store: Store, record: Record, cell: Cell) -> pd.Series | None:
