@@ -1,7 +1,7 @@
 """What may be believed of a variant: its findings, which of them are signs of masked gradients, and a status in one word.
 
-Findings are those that the records carry and those of :mod:`bench.invariants`; :data:`SIGNS` says what each kind means and
-:data:`STATUSES` what each status does.
+Findings are those that the records carry and those of :mod:`bench.invariants`; :mod:`bench.findings` says what each kind means
+and :data:`STATUSES` what each status does.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from bench.findings import OTHER, SIGNS
 from bench.invariants import inconsistencies
 from bench.metrics import wilson
 from bench.partial import StoreError
 from bench.store import Finding, Record, Store
 from bench.unseen import Unseen, looking, unseen
-from bench.verdicts import HELPS
 
 STATUSES = {
     "flagged": "a sign of masked gradients, or numbers that cannot all be true: read the findings before quoting any",
@@ -31,69 +31,6 @@ STATUSES = {
 """What each status means, in the order in which the first that fits is taken; but an adaptive evaluation without views makes a
 row unreviewed, whatever AutoAttack says. Only finished evaluations count whose rows are there."""
 
-
-@dataclass(frozen=True)
-class Sign:
-    """What a kind of finding means.
-
-    Attributes:
-        flags: whether it makes the status "flagged"; else it is for information.
-        text: in words.
-        least: share of the images above which it flags, with 97.5 % confidence.
-    """
-
-    flags: bool
-    text: str
-    least: float = -1.0
-
-
-MASKED, FALSE, TOLD = "sign of masked gradients", "cannot be true", "for information"
-
-SIGNS = {
-    # of attacks
-    "zero_gradients": Sign(True, MASKED),
-    "zero_gradient": Sign(True, MASKED),
-    "saturated_loss": Sign(True, MASKED),
-    "gradient_no_better_than_random": Sign(True, MASKED),
-    "shattered_gradients": Sign(True, MASKED),
-    "not_converged": Sign(True, MASKED),
-    "unbounded_stands": Sign(True, MASKED),
-    "noise_dependent": Sign(True, MASKED),
-    "no_expectation": Sign(True, MASKED),
-    "randomised": Sign(True, MASKED),
-    "probabilities": Sign(True, MASKED),
-    "dynamic": Sign(True, MASKED),
-    "square_helps": Sign(True, MASKED, least=HELPS),  # methods 8.10; one image of 100 may be luck
-    "accuracy_rises_with_eps": Sign(True, MASKED),
-    "more_effort_does_less": Sign(True, MASKED),
-    "black_box_stronger": Sign(True, MASKED),
-    "pgd_misled": Sign(True, MASKED),
-    "worst_case_beaten": Sign(True, MASKED),
-    "fgsm_stronger_than_pgd": Sign(True, MASKED),
-    "adaptive_much_stronger": Sign(True, MASKED),
-    # of whatever has numbers
-    "outside_budget": Sign(True, FALSE),
-    "not_a_number": Sign(True, FALSE),
-    "unsound": Sign(True, FALSE),
-    # of certificates
-    "certified_rises_with_radius": Sign(True, FALSE),
-    "radius_above_ceiling": Sign(True, FALSE),
-    "radius_above_votes": Sign(True, FALSE),
-    "certified_above_attacked": Sign(True, FALSE),
-    "wrong_log": Sign(True, FALSE),
-    # for the reader
-    "weak_attack": Sign(False, TOLD),
-    "unreadable_rows": Sign(False, TOLD),
-    "adaptive_helps": Sign(False, TOLD),
-    "changed_attack": Sign(False, TOLD),
-    "noise_repairs": Sign(False, TOLD),
-    "training_ended_early": Sign(False, TOLD),
-    "unreviewed": Sign(False, TOLD),
-}
-"""Every kind of finding that this version knows."""
-
-OTHER = Sign(False, TOLD)
-"""Any other kind, such as a plugin's."""
 
 CERTIFYING = ("certified", "votes", "variance")
 """Kinds of evaluations with certificates; "challenge" attacks them."""

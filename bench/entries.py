@@ -12,7 +12,8 @@ import pandas as pd
 
 from bench import cells, columns
 from bench.cells import Column, Number
-from bench.diagnose import FALSE, SIGNS, STATUSES, Diagnosis
+from bench.diagnose import STATUSES, Diagnosis
+from bench.findings import FALSE, SIGNS
 from bench.metrics import wilson
 from bench.ranking import UNREADABLE, Threat, WorstCase, fewest, over_seeds, worst_cases
 from bench.store import Metric, Record, Store

@@ -17,7 +17,8 @@ from attacks import ATTACKS, DiverseMim
 from attacks.apgd import Apgd
 from attacks.gradient import Fgsm, Pgd
 from bench import cli
-from bench.diagnose import SIGNS, STATUSES, Diagnosis, diagnose, render
+from bench.diagnose import STATUSES, Diagnosis, diagnose, render
+from bench.findings import SIGNS
 from bench.store import Finding, Metric, Record, Store
 from bench.suites import load_suite
 from bench.tables import body, summaries

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from attacks.streams import Draws
-from bench.diagnose import SIGNS, diagnose
+from bench.diagnose import diagnose
 from bench.evals import Probe, Subject
 from bench.evals.api import Outcome
 from bench.evals.signs import column, findings
+from bench.findings import SIGNS
 from bench.request import Request
 from bench.runner import Run
 from bench.store import Finding, Record, Store
