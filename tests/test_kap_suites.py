@@ -40,7 +40,7 @@ def test_every_norm_is_l2_and_quick_is_small(name: str) -> None:
         assert {getattr(own, "norm", "l2") for own in suite.evals.values()} == {"l2"}
     quick = load_suite(name)
     assert (quick.train_images, quick.training().epochs) == ((20_000, 4) if name == "kap_small_mnist" else (5000, 15))
-    assert quick.architecture == ("resnet20" if name == "kap_cifar10" else "cnn2")
+    assert quick.architecture == ("cnn3" if name == "kap_cifar10" else "cnn2")
 
 
 def on_digits(name: str, folder: Path) -> Path:
