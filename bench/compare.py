@@ -157,7 +157,10 @@ def table(rows: Sequence[Difference], first: str, second: str, fmt: str = "text"
         ValueError: for another format.
     """
     if fmt in ("csv", "json"):
-        told = [{"each": " ".join(map(repr, row.each)), "verdict": row.verdict, "again": row.again} for row in rows]
+        told = [
+            {"each": " ".join(map(repr, row.each)), "p_is_bound": row.p_is_bound, "verdict": row.verdict, "again": row.again}
+            for row in rows
+        ]
         frame = pd.DataFrame([asdict(row) | words for row, words in zip(rows, told, strict=True)])
         return frame.to_csv(index=False).strip() if fmt == "csv" else frame.to_json(orient="records", indent=1)
     if fmt not in FORMATS:

@@ -59,9 +59,14 @@ class Difference:
         return self._direction if self.trainings_holm <= LEVEL else "not shown"
 
     @property
+    def p_is_bound(self) -> bool:
+        """Whether p is an upper bound: all random signs fell short of the difference."""
+        return self.p == 1 / (metrics.FLIPS + 1)
+
+    @property
     def p_in_words(self) -> str:
-        """The corrected p; of random signs that all fell short of the difference an upper bound."""
-        return ("<= " if self.p == 1 / (metrics.FLIPS + 1) else "") + f"{self.holm:.3g}"
+        """The corrected p, or its bound."""
+        return ("<= " if self.p_is_bound else "") + f"{self.holm:.3g}"
 
     @property
     def _direction(self) -> str:

@@ -86,7 +86,10 @@ def compare(  # noqa: PLR0913, PLR0917 (every option of the contract)
     first, second = comparison.label(first), comparison.label(second)
     between = comparison.Between(first, second, suite, budget, options.names(only))
     rows = comparison.compare(store, between)
-    print(comparison.table(rows, first, second, format_, comparison.notes(store, between, rows)))
+    notes = comparison.notes(store, between, rows)
+    print(comparison.table(rows, first, second, format_, notes))
+    if notes and format_ in ("csv", "json"):  # whose rows have no place for them
+        print(*notes, sep="\n", file=sys.stderr)
     if out:
         from bench import plots
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from dataclasses import replace
@@ -302,7 +303,9 @@ def test_other_images_are_not_compared(store: Store, tmp_path: Path) -> None:
         compare(copied, Between("adp", "naive", "pair"))
 
 
-def test_it_is_told_what_was_not_compared_and_who_is_flagged(store: Store, tmp_path: Path) -> None:
+def test_it_is_told_what_was_not_compared_and_who_is_flagged(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     copied = Store(tmp_path)
     masked = Finding(kind="zero_gradients", detail="gradients of 50 of 60 images are zero")
     for record in store.records():
@@ -319,6 +322,12 @@ def test_it_is_told_what_was_not_compared_and_who_is_flagged(store: Store, tmp_p
     assert flagged == f"naive is flagged (seed 1): read what `bench diagnose {tmp_path / 'pair/naive'}` says first."
     assert rest == "Not compared: diversity (naive has none); fgsm (asked otherwise, or of other images)."
     assert rest in table(rows, "adp", "naive", notes=[rest])
+    words = ("adp", "naive", "--suite", "pair", "--runs", str(tmp_path), "--format", "csv")
+    monkeypatch.setattr(sys, "argv", ["bench", "compare", *words])
+    with pytest.raises(SystemExit):
+        cli.main()
+    shown = capsys.readouterr()
+    assert len(pd.read_csv(io.StringIO(shown.out))) == len(rows) and shown.err.splitlines() == [flagged, rest]
     with pytest.raises(ValueError, match=r"share no number .*: diversity \(naive has none\)"):
         compare(copied, Between("adp", "naive", "pair", only=["diversity"]))
     assert notes(store, Between("adp", "naive", "pair"), compare(store, Between("adp", "naive", "pair"))) == []
@@ -328,6 +337,7 @@ def test_a_p_that_random_signs_cannot_go_below_is_a_bound() -> None:
     far = pd.Series(np.linspace(1, 2, 100))
     row = difference("certified", "average certified radius", [(far, far * 0)])
     assert replace(row, holm=0.0047).p_in_words == "<= 0.0047"
+    assert pd.read_csv(io.StringIO(table([row], "a", "b", "csv"))).p_is_bound.tolist() == [True]
     assert replace(row, p=0.01, holm=0.0047).p_in_words == "0.0047"
 
 
