@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
@@ -99,6 +99,16 @@ def _beyond(record: Record, wanted: Answer | Beside, asked: Mapping[str, Any]) -
     return Number(0.0, None, None, fields["images"], True) if float(radius) > top else None
 
 
+def by_seed(stated: Iterable[tuple[str, int]]) -> str:
+    """Statuses in words, of whose seeds where they differ."""
+    seeds: dict[str, set[int]] = {}
+    for status, seed in stated:
+        seeds.setdefault(status, set()).add(seed)
+    if len(seeds) < 2:
+        return "".join(seeds)
+    return "; ".join(f"{status} (seed {', '.join(map(str, sorted(own)))})" for status, own in seeds.items())
+
+
 @dataclass(frozen=True)
 class Cell:
     """A published number and what answers it.
@@ -155,12 +165,12 @@ class Cell:
     @property
     def status(self) -> str:
         """What may be believed, of whose seeds where they differ; "" for a hole."""
-        seeds: dict[str, list[int]] = {}
-        for status, record in zip(self.statuses, self.records, strict=True):
-            seeds.setdefault(status, []).append(record.seed)
-        if len(seeds) < 2:
-            return "".join(seeds)
-        return "; ".join(f"{status} (seed {', '.join(map(str, own))})" for status, own in seeds.items())
+        return by_seed(self.stated)
+
+    @property
+    def stated(self) -> list[tuple[str, int]]:
+        """The status of each record, and its seed."""
+        return [(status, record.seed) for status, record in zip(self.statuses, self.records, strict=True)]
 
     @property
     def value(self) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 from bench import published
 from bench.columns import certificate
 from bench.diagnose import STATUSES
-from bench.papers.cells import Cell
+from bench.papers.cells import Cell, by_seed
 from bench.papers.join import Label, PaperTable, suite
 from bench.papers.layout import Layout
 from bench.store import Record
@@ -87,6 +87,13 @@ CONVENTIONS = (
 TIMES = (
     "of times: difference is x ours / paper; to the first: how many times the first of its data set, which depends less on the "
     "machine, but on what else it did: one run each, without an interval"
+)
+
+SIZES = "evaluations ask different numbers of images (Ours): compare defenses under one of them, not one with another"
+
+DEVIATIONS = (
+    "of deviations: ours is over the training seeds that are told below; out leaves out that the paper's, too, is an estimate "
+    "from few trainings"
 )
 
 BY_N = "0 by n: no image can be certified there with as many draws as this budget has, so that no difference is told"
@@ -169,7 +176,10 @@ def lists(table: PaperTable) -> list[tuple[str, list[str]]]:
         ("About the paper's numbers:", [*layout.remarks, *common]),
         ("Remarks:", marks),
         ("No number although there is a record:", _holes(table)),
-        ("– is filled by:", _commands(table)),
+        (
+            "– is filled by (the first does all, after its plan, which is all that --dry-run does; the others one by one):",
+            _commands(table),
+        ),
     ]
     return [(title, lines) for title, lines in found if lines]
 
@@ -177,7 +187,14 @@ def lists(table: PaperTable) -> list[tuple[str, list[str]]]:
 def _more_conventions(table: PaperTable) -> list[str]:
     """What only some tables need."""
     cells = list(table.cells.values())
-    return [TIMES] * any(not cell.in_percent for cell in cells) + [BY_N] * any(cell.too_few for cell in cells)
+    images = {record.eval["fields"]["images"] for cell in cells if cell.in_percent for record in cell.records}
+    needed = {
+        TIMES: any(not cell.in_percent for cell in cells),
+        SIZES: len(images) > 1,
+        DEVIATIONS: any(cell.deviation for cell in cells),
+        BY_N: any(cell.too_few for cell in cells),
+    }
+    return [words for words, is_needed in needed.items() if is_needed]
 
 
 def caption(table: PaperTable) -> str:
@@ -187,7 +204,9 @@ def caption(table: PaperTable) -> str:
         published.PAPERS[next(iter(table.cells.values())).row["paper"]],
         "published size" if table.budget == "paper" else "reduced budget",
     )
-    filled = f"Budget {table.budget} ({size}): {table.filled} of {len(table.cells)} cells filled."
+    few = sum(cell.too_few for cell in table.cells.values())
+    filled = f"Budget {table.budget} ({size}): {table.filled} of {len(table.cells)} cells filled"
+    filled += f", {few} of them by 0 for want of draws." if few else "."
     return f'{layout.caption}. Published numbers are those of "{paper}", ours those of stored records. {filled}'
 
 
@@ -200,7 +219,11 @@ def _suite(table: PaperTable, name: str) -> str:
     now, full = suite(name, table.budget), suite(name, "paper")
     cells = [cell for cell in table.cells.values() if cell.suite == name]
     data = sorted({record.hashes.get("data", "unknown data") for cell in cells for record in cell.records})
-    sizes = sorted({_asked(record) for cell in cells for record in cell.records})
+    asked: dict[str, set[int]] = {}
+    for record in (record for cell in cells for record in cell.records):
+        asked.setdefault(_asked(record), set()).add(record.seed)
+    several = len(set().union(*asked.values())) > 1
+    sizes = [words + f" (seed {', '.join(map(str, sorted(own)))})" * several for words, own in sorted(asked.items())]
     size = "published size" if table.budget == "paper" else "reduced budget"
     reduced = []
     for words, here, there in (
@@ -209,7 +232,7 @@ def _suite(table: PaperTable, name: str) -> str:
         ("training images", now.train_images or "all", full.train_images or "all"),
     ):
         reduced.append(f"{words} {here}" + (f" instead of {there}" if here != there else ""))
-    text = f"suite {name} version {now.version}, budget {table.budget} ({size}): {', '.join(reduced)}"
+    text = f"suite {name} version {now.version} ({_place(table, cells)}), budget {table.budget} ({size}): {', '.join(reduced)}"
     if not sizes:
         return f"{text}; no records"
     devices = {str(record.made.get("device", "unknown")) for cell in cells if not cell.in_percent for record in cell.records}
@@ -217,18 +240,31 @@ def _suite(table: PaperTable, name: str) -> str:
     return f"{text}; data: {', '.join(data)}; images: {', '.join(sizes)}{machine}"
 
 
+def _place(table: PaperTable, cells: list[Cell]) -> str:
+    """Of which part of a table cells are: data set, and what else its blocks share."""
+    rows = [cell.row for cell in cells]
+    names = dict.fromkeys(("dataset", *table.layout.block))
+    values = {name: _unique(shown(table.layout, name, row[name]) for row in rows) for name in names}
+    return ", ".join(name * (name != "dataset") + " " * (name != "dataset") + ", ".join(own) for name, own in values.items())
+
+
 def _asked(record: Record) -> str:
-    """An evaluation, its number of images, and how it certifies."""
-    how = certificate(record)
-    return f"{record.eval['name']} {record.eval['fields']['images']}" + (f" ({how})" if how else "")
+    """An evaluation, its number of images, its queries, and how it certifies."""
+    fields, how = record.eval["fields"], certificate(record)
+    queries = f"{fields['proposals']} queries" if fields.get("attack") in ("autoattack", "square") else ""
+    more = ", ".join(filter(None, (how, queries)))
+    return f"{record.eval['name']} {fields['images']}" + (f" ({more})" if more else "")
 
 
 def _statuses(cells: list[Cell]) -> list[str]:
     """What may be believed of whose numbers."""
-    whose: dict[tuple[str, str], list[str]] = {}
+    stated: dict[tuple[str, str], set[tuple[str, int]]] = {}
     for cell in cells:
-        whose.setdefault((cell.status, cell.suite), []).append(cell.label)
-    told = [f"{status} in {name}: {', '.join(dict.fromkeys(labels))}" for (status, name), labels in sorted(whose.items())]
+        stated.setdefault((cell.suite, cell.label), set()).update(cell.stated)
+    whose: dict[tuple[str, str], list[str]] = {}
+    for (name, label), own in stated.items():
+        whose.setdefault((by_seed(sorted(own, key=lambda one: one[::-1])), name), []).append(label)
+    told = [f"{status} in {name}: {', '.join(labels)}" for (status, name), labels in sorted(whose.items())]
     used = {status for cell in cells for status in cell.statuses}
     return [*told, *(f"{status}: {meaning}" for status, meaning in STATUSES.items() if status in used)]
 
@@ -242,7 +278,11 @@ def _commands(table: PaperTable) -> list[str]:
     apart = commands((cell.need for cell in holes), table.budget, table.seeds, taken, table.options)
     at_once = f"bench reproduce {table.layout.name} --budget {table.budget}" + " --fresh" * bool(taken) + table.options
     own, used = table.layout.protocol.suites, [(cell.row["dataset"], cell.suite) for cell in table.cells.values()]
-    other = [f"{own[data][0]} where {name} is shown" for data, name in dict.fromkeys(used) if name != own[data][0]]
+    instead: dict[str, list[str]] = {}
+    for data, name in dict.fromkeys(used):
+        if name != own[data][0]:
+            instead.setdefault(own[data][0], []).append(name)
+    other = [f"{name} where {' or '.join(others)} is shown" for name, others in instead.items()]
     told = [f"the first runs all of the paper's protocol, suite {', '.join(other)}; the others fill what is shown"]
     return [at_once, *apart, *(told if other else [])]
 
