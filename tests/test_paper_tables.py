@@ -240,6 +240,46 @@ def test_the_caption_says_what_the_images_are(tmp_path: Path) -> None:
     assert "unreviewed in cear_cifar10: cear_rw@sigma=0.5" in text or "flagged in cear_cifar10: cear_rw@sigma=0.5" in text
 
 
+def test_it_is_told_which_part_of_which_seeds_a_suite_answers(tmp_path: Path) -> None:
+    """One word of status for each defense, however its seeds were attacked; queries only of what asks them."""
+    store = Store(tmp_path)
+    standing(store, "naive", [20, 30])
+    whole = {"kind": "robust", "attack": "autoattack", "version": "standard", "images": 50, "proposals": 1000}
+    store.write(attacked("naive", 0.1, eval={"name": "autoattack", "fields": {**ROBUST, **whole}}))
+    store.write_rows(attacked("naive", 0.1, "autoattack"), rows_of(np.arange(50) < 5))
+    clean = Metric(metric="clean_accuracy", value=0.98, n=10_000, lower=0.97, upper=0.99)
+    asked = {"name": "clean", "fields": {"kind": "clean", "images": 10_000}}
+    store.write(attacked("naive", 0.0, seed=2, eval=asked, metrics=[clean]))
+    text = render(join(load("smd_table1"), store))
+    assert "suite smd_mnist version 1 (MNIST), budget quick" in text
+    assert "images: clean 10000 (seed 2), pgd 200 (seed 0, 1)" in text
+    assert "evaluations ask different numbers of images (Ours)" in text
+    assert "autoattack-ok (seed 0); unreviewed (seed 1, 2) in smd_mnist: naive\n" in text, "two cells, one line"
+    deviations = render(join(load("smd_table3"), store))
+    assert "of deviations: ours is over the training seeds" in deviations and "of deviations" not in text
+
+    store.write(certified("cear_rw@sigma=0.5", {0.0: 0.67}))
+    text = render(join(load("cear_table1"), store))
+    assert "suite cear_cifar10 version 1 (CIFAR-10, sigma 0.25, 0.5, 1), budget quick" in text
+    assert "images: certified 500 (grid estimator" in text
+    fields = {"kind": "robust", "attack": "square", "norm": "l2", "eps": [1.0], "images": 9, "proposals": 700}
+    number = Metric(metric="robust_accuracy", value=0.5, n=9, lower=0.4, upper=0.6, eps=1.0, denominator="all")
+    suite = {"name": "kap_cifar10", "version": 2, "budget": "quick"}
+    store.write(attacked("nt", 0.5, suite=suite, eval={"name": "square", "fields": fields}, metrics=[number]))
+    assert "images: square 9 (700 queries)" in render(join(load("kap_table1"), store))
+
+
+def test_numbers_that_are_zero_for_want_of_draws_are_counted_apart(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    few = {**CERTIFIED, "n": 1000, "sigma": 0.5}
+    store.write(certified("cear_rw@sigma=0.5", {0.0: 0.67}, eval={"name": "certified", "fields": few}))
+    table = join(load("cear_table1"), store)
+    zero = sum(one.too_few for one in table.cells.values())
+    assert 0 < zero < table.filled and f"{table.filled} of 324 cells filled, {zero} of them by 0 for want of draws." in render(
+        table
+    )
+
+
 def winner(tmp_path: Path, stands: dict[str, int], stored: bool = True, n: int = 200) -> list[str]:
     """Which defenses are bold under PGD, when so many of n images stand, the first ones of each."""
     store = Store(tmp_path)

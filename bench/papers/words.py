@@ -251,7 +251,8 @@ def _place(table: PaperTable, cells: list[Cell]) -> str:
 def _asked(record: Record) -> str:
     """An evaluation, its number of images, its queries, and how it certifies."""
     fields, how = record.eval["fields"], certificate(record)
-    queries = f"{fields['proposals']} queries" if fields.get("attack") in ("autoattack", "square") else ""
+    asks = fields.get("attack") == "square" or fields.get("version") in ("standard", "plus")  # of AutoAttack, those with Square
+    queries = f"{fields['proposals']} queries" if asks and "proposals" in fields else ""
     more = ", ".join(filter(None, (how, queries)))
     return f"{record.eval['name']} {fields['images']}" + (f" ({more})" if more else "")
 
