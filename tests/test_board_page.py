@@ -164,7 +164,8 @@ def test_a_link_keeps_the_view(browser: Browser, page: Path) -> None:
 
 def test_details_open_by_keyboard_and_give_the_focus_back(browser: Browser, page: Path) -> None:
     browser.open(page)
-    name = f"document.querySelector('[aria-label=\"{ATTACKED}\"] tbody tr:last-child button')"
+    buttons = f"document.querySelectorAll('[aria-label=\"{ATTACKED}\"] tbody tr button')"
+    name = f"[...{buttons}].find(own => own.textContent.trim() === 'gal')"
     browser.js(f"{name}.focus()")
     browser.press("Enter")
     browser.wait("document.querySelector('dialog[open] .record')")
