@@ -12,6 +12,7 @@ from typing import Any
 from bench import captions, columns, latex
 from bench.diagnose import STATUSES, Diagnosis, Place, certifies, diagnose, place
 from bench.store import Metric, Record, Store
+from bench.wanted import AGAIN, again
 
 FORMATS = ("text", "md", "latex", "csv", "json", "html")
 
@@ -31,6 +32,7 @@ class Table:
         rows: variant -> heading -> the records and numbers behind a cell; an absent heading is a hole.
         unfinished: variant -> records without numbers.
         trust: variant -> what is known of each of its seeds, of attacks or of certificates, as the table is about.
+        records: everything that it tells of, be it by a status alone.
     """
 
     title: str
@@ -39,6 +41,7 @@ class Table:
     rows: dict[str, dict[str, Cell]]
     unfinished: dict[str, list[Record]]
     trust: dict[str, list[Diagnosis]]
+    records: list[Record]
 
 
 def summaries(store: Store, suite: str | None = None) -> list[Table]:
@@ -130,9 +133,8 @@ def _table(records: list[Record], known: Mapping[Place, Diagnosis]) -> Table:
     }
     words = {own.status for seeds in sides.values() for own in seeds}
     told = "; ".join(f"{word}: {STATUSES[word]}" for word in STATUSES if word in words)
-    return Table(
-        title, f"{_caption(records)} Status: {told}; more by bench diagnose RUNS/{name}.", headings, rows, unfinished, sides
-    )
+    caption = f"{_caption(records)} Status: {told}; more by bench diagnose RUNS/{name}."
+    return Table(title, caption, headings, rows, unfinished, sides, records)
 
 
 def _caption(records: list[Record]) -> str:
@@ -213,7 +215,18 @@ def render_all(tables: list[Table], fmt: str = "text") -> str:
     """
     if fmt in ("json", "csv"):
         return _raw([row for table in tables for row in tidy(table)], fmt)
-    return "\n\n".join(render(table, fmt) for table in tables)
+    commands = again(record for table in tables for record in table.records)
+    return "\n\n".join([*(render(table, fmt) for table in tables), *([_told(commands, fmt)] if commands else [])])
+
+
+def _told(commands: Sequence[str], fmt: str) -> str:
+    """The commands that make records again, as a format can hold them below tables; in LaTeX as comments."""
+    if fmt == "html":
+        from html import escape
+
+        return f"<p>{AGAIN}</p><ul>{''.join(f'<li><code>{escape(command)}</code></li>' for command in commands)}</ul>"
+    head, line = {"text": ("{}", "  {}"), "md": ("{}\n", "- `{}`"), "latex": ("% {}", "% {}")}[fmt]
+    return "\n".join([head.format(AGAIN), *map(line.format, commands)])
 
 
 def _raw(rows: list[dict[str, Any]], fmt: str) -> str:

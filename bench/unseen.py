@@ -78,18 +78,10 @@ def looking(blind: Iterable[tuple[Record, Sequence[Unseen]]]) -> list[str]:
 
     found: list[str] = []
     for (budget, seed), group in groupby(sorted(blind, key=lambda one: _when(one[0])), key=lambda one: _when(one[0])):
-        needs = [
-            Need(own.suite["name"], _spec(own), name) for own, gaps in group for gap in gaps for name in gap.evaluations[:1]
-        ]
+        needs = [Need.of(own, name) for own, gaps in group for gap in gaps for name in gap.evaluations[:1]]
         found += commands(needs, budget, (seed,))
     return found
 
 
 def _when(record: Record) -> tuple[str, int]:
     return record.suite["budget"], record.seed
-
-
-def _spec(record: Record) -> str:
-    """The variant for the command line; of a user's file a record knows the hash alone."""
-    variant = str(record.defense["variant"])
-    return f"FILE.py:{variant}" if "file_hash" in record.defense else variant

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from bench.registry import variant_of
 from bench.store import Record, Store
-from bench.suites import Suite, load_suite
+from bench.suites import Suite, available, load_suite
+
+
+@cache
+def suite(name: str, budget: str) -> Suite:
+    """A suite, read once."""
+    return load_suite(name, budget)
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,20 @@ class Need:
     def variant(self) -> str:
         """Its label, under which records are stored."""
         return variant_of(self.spec).label
+
+    @classmethod
+    def of(cls, record: Record, evaluation: str = "") -> Need:
+        """A stored record, or another evaluation of its variant, and of no other of the suite's sweep.
+
+        Where a user's files are a record does not know.
+        """
+        name, label, fields = record.suite["name"], record.defense["variant"], record.defense["fields"]
+        spec = f"FILE.py:{label}" if "file_hash" in record.defense else label
+        known = name in available()
+        for field, values in (suite(name, record.suite["budget"]).sweep if known else {}).items():
+            if field in fields and values != (fields[field],) and not re.search(f"[@,]{field}=", label):
+                spec += f"{',' if '@' in spec else '@'}{field}={fields[field]}"
+        return cls(name if known else "FILE.toml", spec, evaluation or record.eval["name"])
 
 
 @dataclass(frozen=True)
@@ -54,6 +76,9 @@ class Hole:
 
 FINISHED = ("success", "skipped")
 """Statuses of records that a run leaves as they are."""
+
+AGAIN = "Ours is made again, networks and all, by:"
+"""Before the commands of :func:`again`."""
 
 
 class Shelf:
@@ -124,3 +149,20 @@ def commands(
         f"bench run --defense {','.join(specs)} --suite {suite} {told} --only {names}{fresh}{more}"
         for (suite, names, fresh), specs in together.items()
     ]
+
+
+def again(records: Iterable[Record]) -> list[str]:
+    """What makes finished records anew in a folder without them, by :func:`commands` for each budget and set of training seeds.
+
+    Nothing does where the suite has been changed since.
+    """
+    seeds: dict[tuple[str, Need], set[int]] = {}
+    for record in records:
+        name, budget = record.suite["name"], record.suite["budget"]
+        same = name not in available() or suite(name, budget).version == record.suite["version"]
+        if record.status == "success" and same:
+            seeds.setdefault((budget, Need.of(record)), set()).add(record.seed)
+    together: dict[tuple[str, tuple[int, ...]], list[Need]] = {}
+    for (budget, need), own in seeds.items():
+        together.setdefault((budget, tuple(sorted(own))), []).append(need)
+    return [command for (budget, own), needs in together.items() for command in commands(needs, budget, own)]

@@ -25,7 +25,7 @@ from bench.plots.panels import printed
 from bench.registry import resolve
 from bench.store import Finding, Metric, Record, Store
 from bench.suites import load_suite
-from bench.wanted import Hole, Need, commands
+from bench.wanted import AGAIN, Hole, Need, commands
 
 PAPERS = {
     "cear_figure2", "variance_reduction_members", "variance_reduction_samples",
@@ -158,7 +158,8 @@ def test_curves_hold_the_stored_numbers_with_their_intervals(make: Make, tmp_pat
     assert axes.get_xlabel() == "ℓ∞ budget ε" and axes.get_title() == "p"
     text = " ".join(words(drawn.page)).replace("\n", " ")
     assert "tiny v1, budget quick (reduced): lenet5, 30 images of digits (JPEG re-encoding); pgd: pgd, linf" in text
-    assert "missing" not in text and "bench run" not in drawn.words
+    again = "bench run --defense naive,smd --suite FILE.toml --budget quick --seeds 3 --only pgd"
+    assert "missing" not in text and drawn.words.partition(f"{AGAIN}\n")[2].strip() == again
 
 
 def test_it_is_told_whose_numbers_are_flagged(make: Make, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from elsewhere import Scripted
 
 from bench import cli, published, suites
 from bench.papers import layout as layouts
-from bench.papers.join import suite as read_once
 from bench.papers.layout import load
 from bench.papers.reproduce import plan, prepare
 from bench.pieces import Pieces
@@ -20,6 +19,7 @@ from bench.progress import Progress
 from bench.request import Wish
 from bench.runner import Run
 from bench.store import Store
+from bench.wanted import suite as read_once
 
 LAYOUT = """
 published = "digits_table1"
@@ -228,7 +228,7 @@ def test_a_record_without_the_number_is_to_do_and_the_printed_command_makes_it(
     assert "tiny, seeds 0: 1 of 4 records are there" in text and "3 of 6 cells filled" in text and times(paper) == kept
     assert "to do with --fresh  naive@members=2, seed 0: pgd: the record has no such number" in text
     assert "to do with --fresh  adp@members=2, seed 0: clean, pgd: the record has no such number" in text
-    commands = [line.split() for line in text.splitlines() if line.startswith("  bench run ")]
+    commands = [line.split() for line in text.partition(" is filled by")[2].splitlines() if line.startswith("  bench run ")]
     assert [line[3] for line in commands] == ["naive@members=2", "adp@members=2"]
     for line in commands:
         assert line[-3:] == ["--fresh", "--runs", str(paper)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 from bench.diagnose import statuses
@@ -13,8 +12,8 @@ from bench.papers.cells import Cell, number
 from bench.papers.layout import Layout, facts
 from bench.registry import variant_of
 from bench.store import Record, Store
-from bench.suites import BUDGETS, Suite, load_suite, unknown
-from bench.wanted import FINISHED
+from bench.suites import BUDGETS, unknown
+from bench.wanted import FINISHED, suite
 
 Label = tuple[Hashable, ...]
 """Values of the columns of published numbers that make a row, or a column."""
@@ -72,12 +71,6 @@ def _ordered(labels: Iterable[Label]) -> list[Label]:
     once = list(dict.fromkeys(labels))
     ranks = [list(dict.fromkeys(values)) for values in zip(*once, strict=True)]
     return sorted(once, key=lambda label: [rank.index(value) for rank, value in zip(ranks, label, strict=True)])
-
-
-@cache
-def suite(name: str, budget: str) -> Suite:
-    """A suite, read once."""
-    return load_suite(name, budget)
 
 
 class Shelf:

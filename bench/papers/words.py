@@ -10,10 +10,10 @@ from bench import published
 from bench.columns import certificate
 from bench.diagnose import STATUSES
 from bench.papers.cells import Cell, by_seed
-from bench.papers.join import Label, PaperTable, suite
+from bench.papers.join import Label, PaperTable
 from bench.papers.layout import Layout
 from bench.store import Record
-from bench.wanted import commands
+from bench.wanted import AGAIN, again, commands, suite
 
 WORDS: dict[str, dict[str, str]] = {
     "dataset": {
@@ -171,6 +171,7 @@ def lists(table: PaperTable) -> list[tuple[str, list[str]]]:
     found = [
         ("How to read it:", [*CONVENTIONS, *_more_conventions(table)]),
         ("Ours:", [_suite(table, name) for name in dict.fromkeys(cell.suite for cell in cells)]),
+        (AGAIN, again(record for cell in cells for record in cell.records)),
         ("Status (bench diagnose RUNS/SUITE says why):", _statuses(used)),
         ("Protocol:", [*runs, *_unique(cell.answer.remark for cell in cells), *table.left_out]),
         ("About the paper's numbers:", [*layout.remarks, *common]),

@@ -22,7 +22,7 @@ from bench.plots.style import BASELINE, SMALL, broken, legend_above, page, save,
 from bench.plots.transfer import RATES, colour_bar
 from bench.store import Store
 from bench.suites import BUDGETS, unknown
-from bench.wanted import Shelf
+from bench.wanted import AGAIN, Shelf, again
 
 SIZES = {"transfer": (2.3, 2.3), "kernels": (2.5, 2.8), "kernel_changes": (2.2, 1.9), "layer_changes": (2.2, 1.9)}
 """Inches of a panel by kind; other panels are ``SIZE``."""
@@ -49,7 +49,7 @@ class Drawn:
     Attributes:
         page: the figure, panels in the order of the file.
         panels: with the records and the holes behind them.
-        words: title, caption, what was measured on what, and the commands that would fill the holes.
+        words: title, caption, what was measured on what, the commands that make it again, and what would fill its holes.
     """
 
     page: Page
@@ -94,8 +94,10 @@ def compose(figure: Figure, store: Store, budget: str, options: str = "") -> Dra
     _head(sheet, figure.title, _keys(every, filled, looks))
     small = [*contents.explained(figure), *contents.facts(filled), *contents.doubts(filled, shelf)]
     _foot(sheet, small, filled)
-    gaps = contents.missing(contents.holes(filled), budget, options)
-    return Drawn(sheet, filled, "\n\n".join([figure.title, *small, *gaps]) + "\n")
+    made = again(record for one in filled for record in one.records)
+    commands = ["\n".join([AGAIN, *made])] if made else []
+    commands += contents.missing(contents.holes(filled), budget, options)
+    return Drawn(sheet, filled, "\n\n".join([figure.title, *small, *commands]) + "\n")
 
 
 def _draw(axes: Axes, one: Filled, looks: Looks, store: Store) -> None:
