@@ -203,6 +203,10 @@ def doctor(
         raise typer.Exit(FAILED)
 
 
+for _registered in app.registered_commands:
+    _registered.cls = options.Once
+
+
 def main() -> None:
     """Entry point: a message instead of a traceback (``--debug`` anywhere shows it), and the contract's exit codes."""
     debug = "--debug" in sys.argv

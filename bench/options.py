@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 
@@ -24,6 +26,22 @@ Address = Annotated[
     str | None, typer.Option("--address", help="of a Ray cluster, such as auto; default: $RAY_ADDRESS, else a new one")
 ]
 Out = Annotated[Path, typer.Option("--out", help="folder to write to")]
+
+
+class Once(TyperCommand):
+    """A command that refuses an option given twice, of which the parser would keep the last without a word."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As its parent's.
+
+        Raises:
+            ValueError: names the option.
+        """
+        order = self.make_parser(ctx).parse_args(args=list(args))[2]
+        for param, count in Counter(order).items():
+            if count > 1 and not getattr(param, "is_flag", False):
+                raise ValueError(f"{param.opts[0]}: given {count} times; give it once, with commas if it takes several (a,b)")
+        return super().parse_args(ctx, args)
 
 
 def elsewhere(runs: Path) -> str:

@@ -55,6 +55,8 @@ def test_a_dry_run_writes_nothing(bench, tiny: Path, capsys: pytest.CaptureFixtu
     ("words", "message"),
     [
         (("run", "--defense", "cear_wr", "--suite", "digits"), "did you mean 'cear_rw'"),
+        (("run", "--defense", "naive", "--defense", "gal", "--suite", "digits"), "--defense: given 2 times; give it once"),
+        (("table", "summary", "--suite", "a", "--suite=b"), "--suite: given 2 times"),
         (("run", "--defense", "naive", "--suite", "digit"), "did you mean 'digits'"),
         (("run", "--defense", "naive", "--suite", "digits", "--budget", "quik"), "did you mean 'quick'"),
         (("run", "--defense", "naive", "--suite", "digits", "--only", "pgdd"), "did you mean 'pgd'"),
