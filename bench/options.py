@@ -50,13 +50,15 @@ def elsewhere(runs: Path) -> str:
 
 
 def check_folder(runs: Path) -> None:
-    """Refuse a folder of results that was asked for and is not there.
+    """Refuse a folder of results that was asked for and is not there, or is that of one suite.
 
     Raises:
         ValueError: names it.
     """
     if not runs.is_dir() and runs != RUNS:
         raise ValueError(f"--runs: there is no folder {runs}")
+    if any(runs.glob("*/*/seed*/*.json")):
+        raise ValueError(f"--runs: {runs} holds the variants of one suite; give the folder above it")
 
 
 def seeds(text: str) -> tuple[int, ...]:

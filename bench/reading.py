@@ -30,7 +30,7 @@ def table(
     if name == "summary":
         if budget is not None:
             raise ValueError("--budget: the summary shows every budget in tables of their own; give it with a paper's table")
-        store = _filled(runs)
+        store = _filled(runs, suite or "*")
         print(tables.render_all(tables.summaries(store, suite), format_))
     else:
         from bench.papers import formats, join, layout
@@ -84,6 +84,8 @@ def compare(  # noqa: PLR0913, PLR0917 (every option of the contract)
     options.check_format(format_, comparison.FORMATS)
     store = _filled(runs, suite)
     first, second = comparison.label(first), comparison.label(second)
+    if first == second:
+        raise ValueError(f"compare: give two variants, not {first} twice")
     between = comparison.Between(first, second, suite, budget, options.names(only))
     rows = comparison.compare(store, between)
     notes = comparison.notes(store, between, rows)

@@ -50,6 +50,8 @@ class Run:
         self.suite = load_suite(request.suite, request.budget)
         if not 1 <= request.shard[0] <= request.shard[1]:
             raise ValueError(f"--shard: I/K with 1 <= I <= K, such as 2/3, got {request.shard[0]}/{request.shard[1]}")
+        if min(request.seeds, default=0) < 0:
+            raise ValueError(f"--seeds: training seeds are 0 or more, got {min(request.seeds)}")
         for name in request.only:
             if name not in self.suite.evals:
                 raise SuiteError(f"--only: {unknown(name, self.suite.evals)}")
@@ -73,8 +75,8 @@ class Run:
         self.plan: Forecast | None = None
 
     def _plan(self) -> Iterator[Job]:
-        wanted = self.request.only or tuple(self.suite.evals)
-        for seed in self.request.seeds:
+        wanted = dict.fromkeys(self.request.only or self.suite.evals)
+        for seed in dict.fromkeys(self.request.seeds):
             for variant in self.variants:
                 subject = Subject(Classifier(), getattr(variant.defense, "sigma", None), seed)
                 for name in wanted:

@@ -123,8 +123,9 @@ def _check_recipe(place: str, values: dict[str, Any], given: dict[str, Any]) -> 
 
 def unknown(given: str, known: Any, what: str = "") -> str:
     """'unknown "x"; did you mean "y"? Known are ...'; with what it was to be, if that is not clear."""
-    near = difflib.get_close_matches(str(given), [str(k) for k in known], 1, 0.5)
-    hint = f"did you mean {near[0]!r}? Known" if near else "known"
+    names = {str(name).lower(): str(name) for name in known}
+    near = difflib.get_close_matches(str(given).lower(), names, 1, 0.5)
+    hint = f"did you mean {names[near[0]]!r}? Known" if near else "known"
     return f"unknown {f'{what} ' if what else ''}{given!r}; {hint} are {', '.join(sorted(map(str, known)))}"
 
 

@@ -35,6 +35,13 @@ def test_a_run_prints_numbers_and_where_everything_is(bench, tiny: Path, capsys:
     for fmt, mark in {"md": "|", "latex": "toprule", "csv": "robust_accuracy", "json": "[", "html": "<table"}.items():
         assert bench("table", "summary", "--format", fmt) == 0
         assert mark in capsys.readouterr().out
+    assert bench("table", "summary", "--suite", "tinny") == 2
+    assert "did you mean 'tiny'" in capsys.readouterr().err
+    for words in (("table", "cear_table1"), ("plot", "cear_figure2"), ("list", "tables")):
+        assert bench(*words, "--runs", "runs/tiny") == 2
+        assert "--runs: runs/tiny holds the variants of one suite; give the folder above it" in capsys.readouterr().err
+    assert bench("compare", "cear_rw@members=2", "cear_rw@members=2", "--suite", "tiny") == 2
+    assert "give two variants, not cear_rw@members=2 twice" in capsys.readouterr().err
     assert bench("status") == 0
     assert "success" in capsys.readouterr().out
     assert bench("plot", "--suite", "tiny", "--out", "figures") == 0
@@ -48,6 +55,9 @@ def test_a_dry_run_writes_nothing(bench, tiny: Path, capsys: pytest.CaptureFixtu
     out = capsys.readouterr().out
     assert "to make  plain 0 (seed 0): " in out and "(2 epochs of 2 steps, three timed)" in out
     assert "to do  naive  seed 0  pgd: " in out and "plan: about " in out
+    assert bench("run", "--defense", "naive", "--suite", str(tiny), "--seeds", "1,0,1", "--only", "pgd,pgd", "--dry-run") == 0
+    todo = [line.split()[4] for line in capsys.readouterr().out.splitlines() if line.startswith("to do")]
+    assert todo == ["1", "0"], "what is given twice is done once"
     assert not Path("runs").exists()
 
 
@@ -55,6 +65,11 @@ def test_a_dry_run_writes_nothing(bench, tiny: Path, capsys: pytest.CaptureFixtu
     ("words", "message"),
     [
         (("run", "--defense", "cear_wr", "--suite", "digits"), "did you mean 'cear_rw'"),
+        (
+            ("run", "--defense", "naive", "--suite", "digits", "--seeds", "0,-1"),
+            "--seeds: training seeds are 0 or more, got -1",
+        ),
+        (("table", "CEAR_Table1"), "did you mean 'cear_table1'"),
         (("run", "--defense", "naive", "--defense", "gal", "--suite", "digits"), "--defense: given 2 times; give it once"),
         (("table", "summary", "--suite", "a", "--suite=b"), "--suite: given 2 times"),
         (("run", "--defense", "naive", "--suite", "digit"), "did you mean 'digits'"),
