@@ -10,7 +10,7 @@ import pandas as pd
 from bench import metrics
 from bench.diagnose import diagnose
 from bench.differences import Difference, difference
-from bench.per_image import per_image
+from bench.per_image import stored
 from bench.registry import RegistryError, variant_of
 from bench.store import Record, Store
 from bench.suites import unknown
@@ -63,7 +63,7 @@ def compare(store: Store, between: Between) -> list[Difference]:
             rows += _of_evaluation(store, evaluation, pairs)
     if not rows:
         where = f"{between.suite} at budget {between.budget}"
-        why = _left_out(between, found, rows)
+        why = _left_out(store, between, found, rows)
         raise ValueError(f"{between.first} and {between.second} share no number of images in {where}: {why}")
     corrected = metrics.holm([row.p for row in rows])
     # Over the same number of rows, so that nothing holds for other trainings that does not hold for these.
@@ -104,11 +104,11 @@ def notes(store: Store, between: Between, rows: Sequence[Difference]) -> list[st
             told.append(
                 f"{name} is flagged ({whose}): read what `bench diagnose {store.root / between.suite / name}` says first."
             )
-    left_out = _left_out(between, found, rows)
+    left_out = _left_out(store, between, found, rows)
     return [*told, *([f"Not compared: {left_out}."] if left_out else [])]
 
 
-def _left_out(between: Between, found: Mapping[str, Found], rows: Sequence[Difference]) -> str:
+def _left_out(store: Store, between: Between, found: Mapping[str, Found], rows: Sequence[Difference]) -> str:
     """The evaluations of two variants that no row is of, by the reason."""
     first, second, only = found[between.first], found[between.second], between.only
     why: dict[str, list[str]] = {}
@@ -123,6 +123,8 @@ def _left_out(between: Between, found: Mapping[str, Found], rows: Sequence[Diffe
             reason = "no seed in common"
         elif not all(same_question(*pair) for pair in pairs):
             reason = "asked otherwise, or of other images"
+        elif any(stored(store, record) is None for pair in pairs for record in pair):
+            reason = "rows that cannot be read: see bench verify"
         else:
             reason = "no number that is a mean over images"
         why.setdefault(reason, []).append(evaluation)
@@ -139,7 +141,12 @@ def _of_evaluation(store: Store, evaluation: str, pairs: Sequence[tuple[Record, 
     """The numbers of one evaluation, of records that answer the same question on the same images."""
     if not all(same_question(*pair) for pair in pairs):
         return []
-    tables = [tuple(per_image(record, store.rows(record)) for record in pair) for pair in pairs]
+    tables = []
+    for pair in pairs:
+        first, second = (stored(store, record) for record in pair)
+        if first is None or second is None:
+            return []
+        tables.append((first, second))
     shared = [number for number in tables[0][0] if all(number in values for pair in tables for values in pair)]
     return [difference(evaluation, number, [(a[number], b[number]) for a, b in tables]) for number in shared]
 

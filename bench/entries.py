@@ -15,8 +15,9 @@ from bench.cells import Column, Number
 from bench.diagnose import STATUSES, Diagnosis
 from bench.findings import FALSE, SIGNS
 from bench.metrics import wilson
-from bench.ranking import UNREADABLE, Threat, WorstCase, fewest, over_seeds, worst_cases
+from bench.ranking import Threat, WorstCase, fewest, over_seeds, worst_cases
 from bench.store import Metric, Record, Store
+from bench.verdicts import UNREADABLE
 
 ATTACKS = ("robust", "adaptive", "black_box", "transfer", "probe", "noise", "activations")
 """Kinds of evaluations that make an entry one of the ranking under attack."""

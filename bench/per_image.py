@@ -10,8 +10,8 @@ import pandas as pd
 
 from bench.evals.diversity import UNITS
 from bench.evals.vulnerability import VULNERABILITY
-from bench.store import Record
-from bench.verdicts import within
+from bench.store import Record, Store
+from bench.verdicts import UNREADABLE, within
 from defenses.estimators import WHOLE
 from defenses.smoothing import POOLED
 
@@ -43,6 +43,14 @@ def per_image(record: Record, rows: pd.DataFrame) -> Values:
     """What of a record is a mean over all images, image by image; nothing for kinds of evaluations without such numbers."""
     values = _KINDS.get(record.eval["fields"].get("kind", ""), lambda fields, rows: {})(record.eval["fields"], rows)
     return {number: pd.Series(np.asarray(own), index=ids.to_numpy()) for number, (ids, own) in values.items()}
+
+
+def stored(store: Store, record: Record) -> Values | None:
+    """:func:`per_image` of its stored rows; None where they are missing or damaged."""
+    try:
+        return per_image(record, store.rows(record))
+    except UNREADABLE:
+        return None
 
 
 Found = dict[str, tuple[pd.Series, Any]]

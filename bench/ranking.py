@@ -16,15 +16,12 @@ import pandas as pd
 from bench import metrics
 from bench.diagnose import WHOLE
 from bench.store import Record, Store
-from bench.verdicts import Judged, judged, standing
+from bench.verdicts import UNREADABLE, Judged, judged, standing
 
 STRENGTH = ("adaptive", "cascade", "iterated", "single step", "black box", "")
 """Roles of attacks, the strongest first; "" are searches for the nearest point."""
 
 SMOOTHED = "smoothed"
-
-UNREADABLE = (OSError, ValueError, KeyError, AttributeError, TypeError)
-"""What reading rows of a damaged or hostile record raises; the diagnosis tells of it."""
 
 
 @dataclass(frozen=True)

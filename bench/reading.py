@@ -88,7 +88,7 @@ def compare(  # noqa: PLR0913, PLR0917 (every option of the contract)
         raise ValueError(f"compare: give two variants, not {first} twice")
     between = comparison.Between(first, second, suite, budget, options.names(only))
     rows = comparison.compare(store, between)
-    notes = comparison.notes(store, between, rows)
+    notes = [*comparison.notes(store, between, rows), *store.problems]
     print(comparison.table(rows, first, second, format_, notes))
     if notes and format_ in ("csv", "json"):  # whose rows have no place for them
         print(*notes, sep="\n", file=sys.stderr)

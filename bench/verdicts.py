@@ -15,6 +15,9 @@ import pandas as pd
 from bench.metrics import beyond_chance
 from bench.store import Finding, Record
 
+UNREADABLE = (OSError, ValueError, KeyError, AttributeError, TypeError)
+"""What reading rows of a damaged or hostile record raises; the diagnosis tells of it."""
+
 SINGLE = ("fgsm", "r_fgsm")
 """Attacks of one gradient step."""
 

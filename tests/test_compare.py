@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -243,6 +244,22 @@ def test_a_defense_does_not_differ_from_itself(store: Store) -> None:
         assert row.lower is None or row.lower < 0 < row.upper  # type: ignore[operator]
     assert notes(store, Between("naive", "naive", "pair"), rows) == []
     assert "[0.0, 0.0]" not in table(rows, "naive", "naive") and "-0.0" not in table(rows, "naive", "naive")
+
+
+def test_what_is_damaged_is_told_and_the_rest_is_compared(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "runs/pair"
+    shutil.copytree(store.root / "pair", folder)
+    rows, broken = folder / "adp/quick/seed1/fgsm.parquet", folder / "naive/quick/seed0/diversity.json"
+    for path in (rows, broken):
+        path.write_bytes(path.read_bytes()[:100])
+    monkeypatch.setattr(sys, "argv", ["bench", "compare", "adp", "naive", "--suite", "pair", "--runs", str(folder.parent)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    text = capsys.readouterr().out
+    assert not end.value.code and "clean" in text
+    assert "fgsm (rows that cannot be read: see bench verify)" in text and f"{broken} is no record" in text
 
 
 @pytest.mark.parametrize(

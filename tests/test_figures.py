@@ -300,9 +300,11 @@ def test_kernels_and_changes_are_drawn_from_rows(make: Make, tmp_path: Path) -> 
         "k\ngrey 0, black and white ±0.5",
     ]  # fmt: skip
     assert all(axes.patches for axes in drawn.page.axes[:4]) and drawn.page.axes[4].images
-    store.path(one).with_suffix(".parquet").unlink()
-    drawn = compose(figure, store, "quick")
-    assert "- k: the record's rows are missing" in drawn.words and not drawn.page.axes[4].images
+    rows = store.path(one).with_suffix(".parquet")
+    for spoil in (lambda: rows.write_bytes(rows.read_bytes()[:100]), rows.unlink):
+        spoil()
+        drawn = compose(figure, store, "quick")
+        assert "- k: the record's rows are missing or damaged" in drawn.words and not drawn.page.axes[4].images
 
 
 MARGIN = '{ kind = "margin", title = "p", SUITE, eval = "pgd", defense = "smd" }'

@@ -364,6 +364,15 @@ def test_nothing_is_bold_where_another_question_was_asked(tmp_path: Path) -> Non
     assert not any(one.best for one in join(load("smd_table1"), store).cells.values())
 
 
+def test_damaged_rows_take_the_bold_and_leave_the_table(tmp_path: Path) -> None:
+    assert winner(tmp_path, {"naive": 20, "smd": 100}) == ["smd"]
+    (rows,) = tmp_path.glob("*/smd/*/*/*.parquet")
+    rows.write_bytes(rows.read_bytes()[:100])
+    table = join(load("smd_table1"), Store(tmp_path))
+    assert sorted(one.value for one in table.cells.values() if one.filled) == [10.0, 50.0]
+    assert not any(one.best for one in table.cells.values())
+
+
 def test_bold_is_written_in_every_format(tmp_path: Path) -> None:
     assert winner(tmp_path, {"naive": 20, "smd": 100}) == ["smd"]
     table = join(load("smd_table1"), Store(tmp_path))

@@ -14,7 +14,7 @@ from bench.compare import same_question
 from bench.differences import LEVEL, chance
 from bench.papers.cells import Cell
 from bench.papers.layout import facts
-from bench.per_image import named, per_image
+from bench.per_image import named, stored
 from bench.store import Record, Store
 
 Place = TypeVar("Place", bound=Hashable)
@@ -64,8 +64,5 @@ def _p(store: Store, first: Cell, second: Cell) -> float | None:
 
 def _values(store: Store, record: Record, cell: Cell) -> pd.Series | None:
     """What the number of a cell is the mean of, image by image."""
-    try:
-        rows = store.rows(record)
-    except OSError:
-        return None
-    return per_image(record, rows).get(named(cell.answer.metric, facts(cell.answer.facts, cell.row)))
+    values = stored(store, record)
+    return None if values is None else values.get(named(cell.answer.metric, facts(cell.answer.facts, cell.row)))

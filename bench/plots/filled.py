@@ -11,7 +11,8 @@ from bench.diagnose import statuses
 from bench.figures import VIEWS, Curves, Figure, View
 from bench.plots.panels import values
 from bench.plots.style import INTERVALS, OVER_IMAGES, sources, suites
-from bench.store import Record
+from bench.store import Record, Store
+from bench.verdicts import UNREADABLE
 from bench.wanted import Hole, Shelf, commands
 
 ROWS = ("kernels", "kernel_changes", "layer_changes")
@@ -69,7 +70,7 @@ def _of_suite(panel: Curves | View, suite: str, shelf: Shelf) -> Filled:
     return Filled(panel, suite, found, holes, empty)
 
 
-_LOST = {False: "the record has no such number", True: "the record's rows are missing"}
+_LOST = {False: "the record has no such number", True: "the record's rows are missing or damaged"}
 
 
 def _drawable(panel: Curves | View, places: dict[float | None, list[Record]], shelf: Shelf) -> bool:
@@ -77,7 +78,14 @@ def _drawable(panel: Curves | View, places: dict[float | None, list[Record]], sh
     if isinstance(panel, Curves):
         return bool(values(panel, places))
     records = [record for records in places.values() for record in records]
-    return bool(records) and (panel.kind not in ROWS or shelf.store.path(records[0]).with_suffix(".parquet").exists())
+    return bool(records) and (panel.kind not in ROWS or _readable(shelf.store, records[0]))
+
+
+def _readable(store: Store, record: Record) -> bool:
+    try:
+        return len(store.rows(record)) > 0
+    except UNREADABLE:
+        return False
 
 
 def doubts(filled: Sequence[Filled], shelf: Shelf) -> list[str]:
