@@ -43,7 +43,7 @@ class Need:
 
         Where a user's files are a record does not know.
         """
-        name, label, fields = record.suite["name"], record.defense["variant"], record.defense["fields"]
+        name, label, fields = record.suite["name"], record.defense["variant"], record.defense.get("fields", {})
         spec = f"FILE.py:{label}" if "file_hash" in record.defense else label
         known = name in available()
         for field, values in (suite(name, record.suite["budget"]).sweep if known else {}).items():
