@@ -17,7 +17,7 @@ DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 RUNS = Path("runs")
 """Where results go unless something else is said."""
 
-Runs = Annotated[Path, typer.Option("--runs", help="folder of results")]
+Runs = Annotated[Path, typer.Option("--runs", file_okay=False, help="folder of results")]
 Data = Annotated[Path | None, typer.Option("--data", help="folder of data sets; default: $BENCH_DATA, else a download")]
 SuiteName = Annotated[str, typer.Option("--suite", help="name of a suite, or a .toml file")]
 OwnFile = Annotated[Path | None, typer.Option("--defense", help="your .py file, if the records' defense is in one")]
@@ -25,11 +25,11 @@ Workers = Annotated[str, typer.Option("--executor", help="local (with several GP
 Address = Annotated[
     str | None, typer.Option("--address", help="of a Ray cluster, such as auto; default: $RAY_ADDRESS, else a new one")
 ]
-Out = Annotated[Path, typer.Option("--out", help="folder to write to")]
+Out = Annotated[Path, typer.Option("--out", file_okay=False, help="folder to write to")]
 
 
 class Once(TyperCommand):
-    """A command that refuses an option given twice, of which the parser would keep the last without a word."""
+    """A command that refuses an option given twice, of which the parser would keep the last without a word, or given empty."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """As its parent's.
@@ -37,10 +37,13 @@ class Once(TyperCommand):
         Raises:
             ValueError: names the option.
         """
-        order = self.make_parser(ctx).parse_args(args=list(args))[2]
+        values, _, order = self.make_parser(ctx).parse_args(args=list(args))
         for param, count in Counter(order).items():
             if count > 1 and not getattr(param, "is_flag", False):
                 raise ValueError(f"{param.opts[0]}: given {count} times; give it once, with commas if it takes several (a,b)")
+        for param in order:
+            if values.get(param.name) == "" and param.default != "":  # an empty path would be the current folder
+                raise ValueError(f"{param.opts[0]}: nothing was given")
         return super().parse_args(ctx, args)
 
 
@@ -62,13 +65,13 @@ def check_folder(runs: Path) -> None:
 
 
 def seeds(text: str) -> tuple[int, ...]:
-    """Training seeds: "0,1,2".
+    """Training seeds, each once: "0,1,2".
 
     Raises:
         ValueError: if that is not what was given.
     """
     try:
-        return tuple(int(seed) for seed in text.split(","))
+        return tuple(dict.fromkeys(int(seed) for seed in text.split(",")))
     except ValueError:
         raise ValueError(f"--seeds: {text!r} is no list of integers such as 0,1,2") from None
 

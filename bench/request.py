@@ -31,6 +31,15 @@ class Wish:
     address: str | None = None
     fresh: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse seeds that are none.
+
+        Raises:
+            ValueError: names the smallest.
+        """
+        if min(self.seeds, default=0) < 0:
+            raise ValueError(f"--seeds: training seeds are 0 or more, got {min(self.seeds)}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request(Wish):

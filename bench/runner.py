@@ -50,8 +50,6 @@ class Run:
         self.suite = load_suite(request.suite, request.budget)
         if not 1 <= request.shard[0] <= request.shard[1]:
             raise ValueError(f"--shard: I/K with 1 <= I <= K, such as 2/3, got {request.shard[0]}/{request.shard[1]}")
-        if min(request.seeds, default=0) < 0:
-            raise ValueError(f"--seeds: training seeds are 0 or more, got {min(request.seeds)}")
         for name in request.only:
             if name not in self.suite.evals:
                 raise SuiteError(f"--only: {unknown(name, self.suite.evals)}")

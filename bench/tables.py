@@ -216,7 +216,9 @@ def render_all(tables: list[Table], fmt: str = "text") -> str:
     if fmt in ("json", "csv"):
         return _raw([row for table in tables for row in tidy(table)], fmt)
     commands = again(record for table in tables for record in table.records)
-    return "\n\n".join([*(render(table, fmt) for table in tables), *([_told(commands, fmt)] if commands else [])])
+    # LaTeX holds few floats back at a time.
+    between = "\n\n\\clearpage\n\n" if fmt == "latex" else "\n\n"
+    return "\n\n".join([between.join(render(table, fmt) for table in tables), *([_told(commands, fmt)] if commands else [])])
 
 
 def _told(commands: Sequence[str], fmt: str) -> str:

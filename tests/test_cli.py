@@ -40,6 +40,10 @@ def test_a_run_prints_numbers_and_where_everything_is(bench, tiny: Path, capsys:
     for words in (("table", "cear_table1"), ("plot", "cear_figure2"), ("list", "tables")):
         assert bench(*words, "--runs", "runs/tiny") == 2
         assert "--runs: runs/tiny holds the variants of one suite; give the folder above it" in capsys.readouterr().err
+    Path("file").touch()
+    for words in (("plot", "--suite", "tiny", "--out"), ("reproduce", "cear_table1", "--dry-run", "--runs")):
+        assert bench(*words, "file") == 2
+        assert "is a file" in capsys.readouterr().err
     assert bench("compare", "cear_rw@members=2", "cear_rw@members=2", "--suite", "tiny") == 2
     assert "give two variants, not cear_rw@members=2 twice" in capsys.readouterr().err
     assert bench("status") == 0
@@ -69,6 +73,9 @@ def test_a_dry_run_writes_nothing(bench, tiny: Path, capsys: pytest.CaptureFixtu
             ("run", "--defense", "naive", "--suite", "digits", "--seeds", "0,-1"),
             "--seeds: training seeds are 0 or more, got -1",
         ),
+        (("table", "cear_table1", "--runs", ""), "--runs: nothing was given"),
+        (("plot", "cear_figure2", "--out", ""), "--out: nothing was given"),
+        (("verify", ""), "path: nothing was given"),
         (("table", "CEAR_Table1"), "did you mean 'cear_table1'"),
         (("run", "--defense", "naive", "--defense", "gal", "--suite", "digits"), "--defense: given 2 times; give it once"),
         (("table", "summary", "--suite", "a", "--suite=b"), "--suite: given 2 times"),

@@ -266,6 +266,12 @@ def test_printed_numbers_are_drawn_beside_ours(figures: dict[str, Figure], tmp_p
     (line,) = [line for line in axes["CIFAR-10, σ = 0.5"].get_lines() if line.get_color() == "#CC79A7" and line not in crosses]
     assert list(line.get_xdata()) == [0.25 * place for place in range(8)]  # type: ignore[arg-type]
     assert drawn.panels[1].suite == "mnist" and drawn.panels[0].suite == "cear_mnist"
+    assert "shown in" not in drawn.words
+    other = certified("cear_rw", {0.0: 0.9}, 0.25, suite={"name": "cear_mnist", "version": 1, "budget": "quick"})
+    store.write(other.model_copy(update={"eval": {**other.eval, "name": "certified"}}))
+    told = compose(figures["cear_figure2"], store, "quick").words
+    assert re.search(r"(?m)^cear_mnist v1, .*; shown in: MNIST, σ = 0.25 \| MNIST, noise levels$", told)
+    assert re.search(r"(?m)^mnist v1, .*; shown in: MNIST, σ = 0.5$", told)
 
 
 def test_views_show_what_the_plots_of_a_suite_show(make: Make, tmp_path: Path) -> None:

@@ -84,8 +84,8 @@ def test_long_texts_and_headings_are_broken_but_not_styled_cells() -> None:
 
 
 @needs_tex
-@pytest.mark.parametrize("suite", ["mnist", "smd_cifar10", "smd_fashion_mnist"])
-def test_summaries_compile_within_the_page(suite: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("suite", ["mnist", "smd_cifar10", "smd_fashion_mnist", None])
+def test_summaries_compile_within_the_page(suite: str | None, tmp_path: Path) -> None:
     compiles(render_all(summaries(Store(RESULTS), suite), "latex"), tmp_path)
 
 

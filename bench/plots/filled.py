@@ -100,13 +100,16 @@ def doubts(filled: Sequence[Filled], shelf: Shelf) -> list[str]:
 
 
 def facts(filled: Sequence[Filled]) -> list[str]:
-    """What was measured on what, a sentence a suite, of everything that is shown."""
+    """What was measured on what, a sentence a suite, of everything that is shown; of several suites with their panels."""
     records = sorted((record for one in filled for record in one.records), key=_suite)
-    told = [_fact(list(group)) for _, group in groupby(records, key=_suite)]
+    told = {name: _fact(list(group)) for name, group in groupby(records, key=_suite)}
+    if len(told) > 1:
+        places = {name: [one.panel.title for one in filled if name in map(_suite, one.records)] for name in told}
+        told = {name: f"{fact}; shown in: {' | '.join(dict.fromkeys(places[name]))}" for name, fact in told.items()}
     shown = {one.panel.kind for one in filled if one.records}
     if "curves" in shown:
-        return [*told, INTERVALS]
-    return [*told, OVER_IMAGES] if any(VIEWS[kind] == "variance" for kind in shown) else told
+        return [*told.values(), INTERVALS]
+    return [*told.values(), *([OVER_IMAGES] if any(VIEWS[kind] == "variance" for kind in shown) else [])]
 
 
 def _suite(record: Record) -> str:
